@@ -1,0 +1,1 @@
+"""Aque: graphs of commands and functions on your machines."""

@@ -1,0 +1,120 @@
+"""Every setting: its type, default, unit and meaning, and the one place that reads them.
+
+Precedence: an argument > the environment (`AQUE_LEASE_SECONDS`) > Celery's configuration (`aque_lease_seconds`) >
+the file named by `AQUE_CONFIG`, else `$XDG_CONFIG_HOME/aque/aque.toml` (`lease_seconds = 30`) > the default.
+The caller passes the environment and the file in: this module touches neither.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from aque.errors import BadSetting
+
+
+def _setting(default: Any, unit: str, text: str, minimum: float | None = None) -> Any:
+    return field(default=default, metadata={"unit": unit, "help": text, "minimum": minimum})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One consistent set of settings. Field metadata holds the unit and the help text of each."""
+
+    broker: str = _setting("", "URL", "the farm's store: sqlite:///FILE or postgresql://USER@HOST/NAME; empty: SQLite in state_dir")
+    celery_broker: str = _setting("", "URL", "a broker for Celery's control and events; empty: the store carries them")
+    state_dir: str = _setting("", "path", "where the embedded store lives; empty: $XDG_STATE_HOME/aque")
+    default_queue: str = _setting("celery", "name", "the queue of tasks that name none")
+    cpus: str = _setting("", "CPUs", "what a worker may reserve; empty: the CPUs that its process may use")
+    memory: str = _setting("", "bytes", "what a worker may reserve, with suffix K, M, G, T; empty: the machine's memory")
+    lease_seconds: float = _setting(30.0, "s", "a worker that has not renewed for this long may lose its tasks", 0.2)
+    poll_seconds: float = _setting(1.0, "s", "an idle worker looks this often even if no doorbell rings", 0.01)
+    kill_grace_seconds: float = _setting(5.0, "s", "between the first signal of a kill and SIGKILL", 0.0)
+    drain_seconds: float = _setting(60.0, "s", "how long a stopping worker waits for what it runs before it gives it back", 0.0)
+    max_lost: int = _setting(3, "attempts", "a task whose workers died this often ends in error", 1)
+    result_limit_bytes: int = _setting(1 << 20, "bytes", "the largest result that is stored", 1)
+    inputs_limit_bytes: int = _setting(64 << 20, "bytes", "the most that dependencies' results may add to one task", 1)
+    stdin_limit_bytes: int = _setting(8 << 20, "bytes", "the largest stdin that is stored with a task", 0)
+    output_limit_bytes: int = _setting(8 << 20, "bytes", "captured output kept of one attempt and stream", 0)
+
+    @property
+    def store_url(self) -> str:
+        """The store as an SQLAlchemy URL with its driver, e.g. `postgresql+psycopg2://...` or `sqlite:////...`."""
+        if not self.broker:
+            return "sqlite:///" + quote(str(PurePosixPath(self.state_dir) / "aque.db"))
+        # SQLAlchemy 2.1 reads a bare postgresql:// as psycopg 3.
+        return "postgresql+psycopg2://" + self.broker.partition("://")[2] if self.is_shared else self.broker
+
+    @property
+    def celery_broker_url(self) -> str:
+        """What Celery connects to for remote control, events and ordinary tasks."""
+        if self.celery_broker:
+            return self.celery_broker
+        if self.is_shared:
+            return "aque+postgresql://" + self.broker.partition("://")[2]
+        file = PurePosixPath(unquote(urlsplit(self.store_url).path)[1:])
+        return "aque+sqlite:///" + quote(str(file.with_name(file.stem + "-bus.db")))
+
+    @property
+    def is_shared(self) -> bool:
+        """True for a store that several users reach (PostgreSQL)."""
+        return self.broker.startswith("postgres")
+
+    def to_url(self) -> str:
+        """The URL that makes another process, handed it as AQUE_BROKER, use the same farm."""
+        return self.broker or self.store_url
+
+
+def load(
+    environ: Mapping[str, str],
+    file: Mapping[str, Any] | None = None,
+    celery_conf: Callable[[str], Any] | None = None,
+    **given: Any,
+) -> Settings:
+    """Settings from all sources; `given` (arguments) wins, None there means "not given".
+
+    `celery_conf` maps `aque_NAME` to a value or None. Raises BadSetting, naming the source and the setting.
+    """
+    known = {f.name: f for f in fields(Settings)}
+    for name in file or {}:
+        if name not in known:
+            raise BadSetting(f"the configuration file sets {name!r}, which Aque does not have; see docs/settings.md.")
+    values: dict[str, Any] = {}
+    for name, spec in known.items():
+        sources = [
+            ("argument", given.get(name)),
+            (f"AQUE_{name.upper()}", environ.get(f"AQUE_{name.upper()}")),
+            (f"Celery setting aque_{name}", celery_conf(f"aque_{name}") if celery_conf else None),
+            ("configuration file", (file or {}).get(name)),
+        ]
+        for source, value in sources:
+            if value is not None and value != "":
+                values[name] = _parse(name, value, type(spec.default), spec.metadata["minimum"], source)
+                break
+    if not values.get("state_dir"):
+        base = environ.get("XDG_STATE_HOME") or environ.get("HOME", "") + "/.local/state"
+        values["state_dir"] = str(PurePosixPath(base) / "aque")
+    _check_broker(values.get("broker", ""))
+    return Settings(**values)
+
+
+def _parse(name: str, value: Any, kind: type, minimum: float | None, source: str) -> Any:
+    try:
+        parsed = kind(value)
+    except (TypeError, ValueError):
+        raise BadSetting(f"{source}: {name} must be of type {kind.__name__}, not {value!r}.") from None
+    if minimum is not None and not parsed >= minimum:
+        raise BadSetting(f"{source}: {name} must be at least {minimum:g}, not {value!r}.")
+    return parsed
+
+
+def _check_broker(url: str) -> None:
+    scheme, separator, rest = url.partition("://")
+    if not url or scheme in ("postgresql", "postgres") or (scheme == "sqlite" and rest.startswith("/") and len(rest) > 1):
+        return
+    hint = ""
+    if scheme in ("redis", "rediss", "amqp", "amqps", "pyamqp"):
+        hint = " A message broker goes into AQUE_CELERY_BROKER."
+    shown = f"{scheme}://..." if separator else repr(url)
+    raise BadSetting(f"AQUE_BROKER cannot be {shown}: write sqlite:////absolute/file.db or postgresql://user@host/name.{hint}")

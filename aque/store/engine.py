@@ -1,0 +1,162 @@
+"""Every difference between SQLite and PostgreSQL: connecting, locking, clocks, and sets of rows as one parameter."""
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
+
+from aque.errors import BadStateDirectory, StoreUnreachable
+
+#: SQLSTATEs after which the same transaction may simply be run again: serialization failure, deadlock.
+RETRY_STATES = frozenset({"40001", "40P01"})
+
+#: File systems on which SQLite's locks or its shared memory do not work between machines.
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "fuse.sshfs", "ncpfs"}
+)
+
+
+def open_engine(url: str, **options: Any) -> sa.Engine:
+    """An engine for `sqlite:///FILE` or `postgresql+psycopg2://...`; connects lazily.
+
+    Its connections are in autocommit mode, so that a read costs one round trip; writes go through `transaction()`.
+    SQLite: WAL, the directory is made 0700 and the file 0600. PostgreSQL: keepalives, so that a dead server is noticed
+    in under a minute.
+    """
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        check_state_directory(Path(parsed.database or ""))
+        engine = sa.create_engine(
+            parsed, isolation_level="AUTOCOMMIT", connect_args={"timeout": 30, "check_same_thread": False}, **options
+        )
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        return engine
+    return sa.create_engine(
+        parsed,
+        isolation_level="AUTOCOMMIT",
+        connect_args={
+            "connect_timeout": 5,
+            "keepalives_idle": 20,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30000,
+            "application_name": "aque",
+        },
+        **options,
+    )
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "temp_store=MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.create_function("aque_lease_clock", 0, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
+    connection.create_function("aque_wall_clock", 0, time.time)
+
+
+@contextmanager
+def transaction(connection: sa.Connection) -> Iterator[sa.Connection]:
+    """One write transaction on `connection`: commits, or rolls back on an exception.
+
+    BEGIN IMMEDIATE on SQLite: a deferred transaction that reads and then writes fails at once with SQLITE_BUSY_SNAPSHOT
+    when another process wrote in between, whatever the timeout.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN")
+    try:
+        yield connection
+        connection.exec_driver_sql("COMMIT")
+    except BaseException:
+        if not connection.invalidated:
+            with suppress(sa.exc.DBAPIError):
+                connection.exec_driver_sql("ROLLBACK")
+        raise
+
+
+class lease_clock(GenericFunction[float]):
+    """Seconds on the clock that leases use: the database's on PostgreSQL (not `now()`, which stands still inside a
+    transaction), the time since boot on SQLite (one machine, and a set wall clock must not end a lease)."""
+
+    type = sa.Double()
+    inherit_cache = True
+    name = "aque_lease_clock"
+
+
+class wall_clock(GenericFunction[float]):
+    """Seconds since 1970, UTC, on the database's clock."""
+
+    type = sa.Double()
+    inherit_cache = True
+    name = "aque_wall_clock"
+
+
+@compiles(lease_clock, "postgresql")
+@compiles(wall_clock, "postgresql")
+def _postgresql_clock(element: Any, compiler: Any, **kw: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+def check_state_directory(file: Path) -> None:
+    """Make the directory of an embedded store (0700) and its file (0600); BadStateDirectory if that cannot work."""
+    directory = file.parent
+    advice = "Set AQUE_STATE_DIR to a directory on a local disk that you can write, or AQUE_BROKER to a PostgreSQL server."
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadStateDirectory(f"cannot create the state directory {directory}: {error.strerror}. {advice}") from error
+    kind = file_system(directory)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise BadStateDirectory(
+            f"the state directory {directory} is on a network file system ({kind}), where SQLite cannot be shared. {advice}"
+        )
+    try:
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise BadStateDirectory(f"cannot write {file}: {error.strerror}. {advice}") from error
+
+
+def file_system(path: Path, mountinfo: str | None = None) -> str:
+    """The type of the file system that holds `path`, as in /proc/self/mountinfo; "" where that cannot be told."""
+    if mountinfo is None:
+        try:
+            mountinfo = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+        except OSError:
+            return ""
+    real, best, kind = os.path.realpath(path), "", ""
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4].replace("\\040", " ")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, right.split()[0]
+    return kind
+
+
+def sqlstate(error: sa.exc.DBAPIError) -> str:
+    """The five-letter SQLSTATE of a PostgreSQL error; "" for anything else."""
+    return getattr(error.orig, "pgcode", None) or ""
+
+
+def can_run_again(error: Exception) -> bool:
+    """True for a deadlock, a serialization failure, or an SQLite lock that was not free in time."""
+    if not isinstance(error, sa.exc.DBAPIError):
+        return False
+    return sqlstate(error) in RETRY_STATES or "database is locked" in str(error.orig)
+
+
+@contextmanager
+def reachable(engine: sa.Engine) -> Iterator[None]:
+    """Turn connection failures inside the block into StoreUnreachable, with the server but not the password."""
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        where = engine.url.render_as_string(hide_password=True)
+        first = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
+        raise StoreUnreachable(
+            f"cannot use the store {where}: {first}. Nothing was done. Check AQUE_BROKER and that the server is up."
+        ) from error
