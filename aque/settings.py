@@ -22,16 +22,22 @@ def _setting(default: Any, unit: str, text: str, minimum: float | None = None) -
 class Settings:
     """One consistent set of settings. Field metadata holds the unit and the help text of each."""
 
-    broker: str = _setting("", "URL", "the farm's store: sqlite:///FILE or postgresql://USER@HOST/NAME; empty: SQLite in state_dir")
+    broker: str = _setting(
+        "", "URL", "the farm's store: sqlite:///FILE or postgresql://USER@HOST/NAME; empty: SQLite in state_dir"
+    )
     celery_broker: str = _setting("", "URL", "a broker for Celery's control and events; empty: the store carries them")
     state_dir: str = _setting("", "path", "where the embedded store lives; empty: $XDG_STATE_HOME/aque")
     default_queue: str = _setting("celery", "name", "the queue of tasks that name none")
     cpus: str = _setting("", "CPUs", "what a worker may reserve; empty: the CPUs that its process may use")
-    memory: str = _setting("", "bytes", "what a worker may reserve, with suffix K, M, G, T; empty: the machine's memory")
+    memory: str = _setting(
+        "", "bytes", "what a worker may reserve, with suffix K, M, G, T; empty: the machine's memory"
+    )
     lease_seconds: float = _setting(30.0, "s", "a worker that has not renewed for this long may lose its tasks", 0.2)
     poll_seconds: float = _setting(1.0, "s", "an idle worker looks this often even if no doorbell rings", 0.01)
     kill_grace_seconds: float = _setting(5.0, "s", "between the first signal of a kill and SIGKILL", 0.0)
-    drain_seconds: float = _setting(60.0, "s", "how long a stopping worker waits for what it runs before it gives it back", 0.0)
+    drain_seconds: float = _setting(
+        60.0, "s", "how long a stopping worker waits for what it runs before it gives it back", 0.0
+    )
     max_lost: int = _setting(3, "attempts", "a task whose workers died this often ends in error", 1)
     result_limit_bytes: int = _setting(1 << 20, "bytes", "the largest result that is stored", 1)
     inputs_limit_bytes: int = _setting(64 << 20, "bytes", "the most that dependencies' results may add to one task", 1)
@@ -111,10 +117,16 @@ def _parse(name: str, value: Any, kind: type, minimum: float | None, source: str
 
 def _check_broker(url: str) -> None:
     scheme, separator, rest = url.partition("://")
-    if not url or scheme in ("postgresql", "postgres") or (scheme == "sqlite" and rest.startswith("/") and len(rest) > 1):
+    if (
+        not url
+        or scheme in ("postgresql", "postgres")
+        or (scheme == "sqlite" and rest.startswith("/") and len(rest) > 1)
+    ):
         return
     hint = ""
     if scheme in ("redis", "rediss", "amqp", "amqps", "pyamqp"):
         hint = " A message broker goes into AQUE_CELERY_BROKER."
     shown = f"{scheme}://..." if separator else repr(url)
-    raise BadSetting(f"AQUE_BROKER cannot be {shown}: write sqlite:////absolute/file.db or postgresql://user@host/name.{hint}")
+    raise BadSetting(
+        f"AQUE_BROKER cannot be {shown}: write sqlite:////absolute/file.db or postgresql://user@host/name.{hint}"
+    )

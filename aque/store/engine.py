@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,22 @@ RETRY_STATES = frozenset({"40001", "40P01"})
 
 #: File systems on which SQLite's locks or its shared memory do not work between machines.
 NETWORK_FILE_SYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "fuse.sshfs", "ncpfs"}
+    {
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "9p",
+        "afs",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "fuse.sshfs",
+        "ncpfs",
+    }
 )
 
 
@@ -104,7 +119,9 @@ def _postgresql_clock(element: Any, compiler: Any, **kw: Any) -> str:
 def check_state_directory(file: Path) -> None:
     """Make the directory of an embedded store (0700) and its file (0600); BadStateDirectory if that cannot work."""
     directory = file.parent
-    advice = "Set AQUE_STATE_DIR to a directory on a local disk that you can write, or AQUE_BROKER to a PostgreSQL server."
+    advice = (
+        "Set AQUE_STATE_DIR to a directory on a local disk that you can write, or AQUE_BROKER to a PostgreSQL server."
+    )
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -160,3 +177,127 @@ def reachable(engine: sa.Engine) -> Iterator[None]:
         raise StoreUnreachable(
             f"cannot use the store {where}: {first}. Nothing was done. Check AQUE_BROKER and that the server is up."
         ) from error
+
+
+def row_set(dialect: str, parameter: str, **columns: sa.types.TypeEngine[Any]) -> Any:
+    """A parameter as a table: a JSON list of objects with these columns, so that one statement takes any number of rows.
+
+    The statement's text does not depend on how many there are, and is compiled once.
+    """
+    if dialect == "sqlite":
+        each = sa.func.json_each(sa.bindparam(parameter, type_=sa.Text)).table_valued("value")
+        fields = [
+            sa.type_coerce(sa.func.json_extract(each.c.value, f"$.{name}"), kind).label(name)
+            for name, kind in columns.items()
+        ]
+        return sa.select(*fields).select_from(each).subquery(parameter)
+    function = sa.func.json_to_recordset(sa.cast(sa.bindparam(parameter, type_=sa.Text), sa.JSON))
+    return function.table_valued(*(sa.column(n, k) for n, k in columns.items()), name=parameter).render_derived(
+        with_types=True
+    )
+
+
+def id_set(dialect: str, parameter: str) -> sa.Select[Any]:
+    """A parameter as a subquery of ids, for `IN`: a JSON list of integers."""
+    if dialect == "sqlite":
+        each = sa.func.json_each(sa.bindparam(parameter, type_=sa.Text)).table_valued("value")
+        return sa.select(each.c.value)
+    function = sa.func.json_array_elements_text(sa.cast(sa.bindparam(parameter, type_=sa.Text), sa.JSON))
+    return sa.select(sa.cast(function.column_valued("element"), sa.BigInteger))
+
+
+def per_class(
+    dialect: str,
+    classes: str,
+    table: sa.Table,
+    class_column: sa.Column[Any],
+    where: Any,
+    order: Sequence[Any],
+    limit: str,
+) -> sa.Select[Any]:
+    """The first `limit` rows of `table` in `order` for each class id in the parameter `classes`.
+
+    PostgreSQL: LATERAL, one index range per class. SQLite has no LATERAL, but runs a correlated IN as the same loop;
+    PostgreSQL would not.
+    """
+    count = sa.bindparam(limit, type_=sa.Integer)
+    if dialect == "sqlite":
+        each = sa.func.json_each(sa.bindparam(classes, type_=sa.Text)).table_valued("value", name="wanted")
+        inner = table.alias("inner_row")
+        columns = {column.key: inner.c[column.key] for column in table.c}
+
+        def moved(clause: Any) -> Any:
+            traverse: Any = sa.sql.visitors.replacement_traverse
+            return traverse(
+                clause,
+                {},
+                lambda part, **_: (
+                    columns.get(part.key) if isinstance(part, sa.Column) and part.table is table else None
+                ),
+            )
+
+        first = (
+            sa.select(inner.c.id)
+            .where(moved(class_column) == each.c.value, moved(where))
+            .order_by(*[moved(column) for column in order])
+            .limit(count)
+            .correlate(each)
+        )
+        return sa.select(table).select_from(each.join(table, table.c.id.in_(first)))
+    wanted: Any = id_set(dialect, classes).subquery("wanted")
+    lateral: Any = (
+        sa.select(table).where(class_column == wanted.c[0], where).order_by(*order).limit(count).lateral("first")
+    )
+    return sa.select(lateral).select_from(wanted.join(lateral, sa.true()))
+
+
+def copy_rows(
+    connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
+    """Insert many rows the fastest way there is: COPY on PostgreSQL (six times executemany), executemany on SQLite."""
+    if connection.dialect.name == "sqlite":
+        marks = ", ".join("?" for _ in columns)
+        names = ", ".join(f'"{column}"' for column in columns)
+        cursor = connection.connection.cursor()
+        cursor.executemany(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", rows)  # type: ignore[arg-type]
+        return
+    names = ", ".join(f'"{column}"' for column in columns)
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    with driver.cursor() as cursor:
+        cursor.copy_expert(f"COPY {table.name} ({names}) FROM STDIN", _CopySource(rows))
+
+
+class _CopySource:
+    """A file of COPY text lines made as they are read, so that 100,000 rows are never in memory twice."""
+
+    def __init__(self, rows: Iterable[Sequence[Any]]) -> None:
+        self._lines = (("\t".join(map(_copy_text, row)) + "\n").encode() for row in rows)
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        parts, length = [self._rest], len(self._rest)
+        while length < size:
+            line = next(self._lines, None)
+            if line is None:
+                break
+            parts.append(line)
+            length += len(line)
+        whole = b"".join(parts)
+        self._rest = whole[size:]
+        return whole[:size]
+
+
+_COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def _copy_text(value: Any) -> str:
+    if value is None:
+        return "\\N"
+    if isinstance(value, bytes):
+        return "\\\\x" + value.hex()
+    if isinstance(value, bool):
+        return "t" if value else "f"
+    if isinstance(value, str):
+        return value.translate(_COPY_ESCAPES)
+    return str(value)

@@ -1,0 +1,608 @@
+"""The worker's side of supervised commands: start them, relay what they write, signal them, learn of their end."""
+
+import errno
+import logging
+import marshal
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from signal import SIGKILL, SIGTERM, Signals
+from typing import Any, Literal
+
+from aque import supervisor
+
+logger = logging.getLogger(__name__)
+
+Reason = Literal["exit", "signal", "time_limit", "killed", "cannot_execute", "not_found", "cannot_enter_cwd", "lost"]
+
+#: Idle supervisors above this many end after `IDLE_SECONDS`; the others spare the next command a fork.
+WARM = 2
+IDLE_SECONDS = 10.0
+#: A server that dies this often in a row without an answer is not started again for the commands that wait for it.
+SERVER_STARTS = 3
+RECEIVE_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to run. Bytes throughout: argv, environment and paths of Unix have no encoding."""
+
+    #: Executed, never joined; `argv[0]` without a slash is looked up in the PATH of `env`.
+    argv: tuple[bytes, ...]
+    #: All of the command's environment.
+    env: Mapping[bytes, bytes]
+    cwd: bytes
+    #: None or empty: /dev/null.
+    stdin: bytes | None = None
+    #: None: the worker's.
+    umask: int | None = None
+    #: Of each stream; what is written beyond is read, counted and dropped.
+    output_limit_bytes: int = 8 << 20
+    time_limit_seconds: float | None = None
+    #: Between the SIGTERM of a time limit and SIGKILL.
+    kill_grace_seconds: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended. By then nothing of its tree lives, except for `lost`, where the server is killing it."""
+
+    #: Why it ended. A command that exits by itself after a kill is `killed`, and its exit code says how it took it.
+    reason: Reason
+    #: A sentence, for everything but a plain exit.
+    message: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    #: For a command that was never started: why not.
+    errno: int | None = None
+    #: All that was written, with what was dropped.
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    stdout_truncated: bool = False
+    stderr_truncated: bool = False
+    #: User and system time of the tree, without processes that nobody waited for.
+    cpu_seconds: float = 0.0
+    #: The largest process's. Linux counts from the fork on: never less than the supervisor's own, about 12 MiB.
+    max_rss_bytes: int = 0
+
+
+OnStarted = Callable[[int], None]
+OnOutput = Callable[[int, int, bytes], None]
+OnEnded = Callable[[Ended], None]
+
+
+class Running:
+    """A command that was given to a CommandRunner. Its methods may be called from any thread, also after its end."""
+
+    __slots__ = (
+        "_channel",
+        "_done",
+        "_runner",
+        "_unsent",
+        "command",
+        "on_ended",
+        "on_output",
+        "on_started",
+        "pid",
+        "written",
+    )
+
+    def __init__(
+        self, runner: "CommandRunner", command: Command, on_started: OnStarted, on_output: OnOutput, on_ended: OnEnded
+    ) -> None:
+        self.command = command
+        self.on_started = on_started
+        self.on_output = on_output
+        self.on_ended = on_ended
+        #: None until `on_started`.
+        self.pid: int | None = None
+        #: Bytes handed to `on_output`, by descriptor.
+        self.written = {1: 0, 2: 0}
+        self._runner = runner
+        self._channel: _Channel | None = None
+        #: For a supervisor that is still to come: the spec, stdin, then signals.
+        self._unsent: list[bytes] = []
+        self._done = False
+
+    def signal(self, number: int) -> None:
+        """Deliver a signal to the command's process group. Nothing ends but by its own doing."""
+        self._runner._tell(self, supervisor.SIGNAL, supervisor.NUMBER.pack(number))
+
+    def kill(self, number: int = SIGTERM, grace_seconds: float = 5.0) -> None:
+        """Signal the whole tree, and SIGKILL what is left of it after the grace. A later call can shorten the grace."""
+        self._runner._tell(self, supervisor.KILL, supervisor.KILLING.pack(number, grace_seconds))
+
+
+class _Channel:
+    """The worker's end of one supervisor."""
+
+    __slots__ = ("broken", "idle_since", "incoming", "outgoing", "pid", "running", "sock")
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self.sock = sock
+        self.pid = pid
+        self.incoming = b""
+        #: What the socket did not take; the thread sends it.
+        self.outgoing: deque[memoryview] = deque()
+        self.running: Running | None = None
+        self.idle_since = 0.0
+        self.broken = ""
+
+    def send(self, *parts: bytes) -> bool:
+        """Queue and send what the socket takes; true if the thread has to send the rest."""
+        self.outgoing.extend(memoryview(part) for part in parts if part)
+        return self.flush()
+
+    def flush(self) -> bool:
+        while self.outgoing:
+            try:
+                sent = self.sock.send(self.outgoing[0])
+            except BlockingIOError:
+                return True
+            except OSError:
+                self.outgoing.clear()  # the supervisor is gone: the thread reads the end of file, and reports it
+                return False
+            if sent == len(self.outgoing[0]):
+                self.outgoing.popleft()
+            else:
+                self.outgoing[0] = self.outgoing[0][sent:]
+        return False
+
+
+class CommandRunner:
+    """Runs the commands of one worker, each under a supervisor of its own (see `aque.supervisor`).
+
+    Callbacks are called in one thread of this object's, in order for each command: `on_started(pid)` unless it could not be
+    started, `on_output(fd, offset, data)` with fd 1 or 2, `on_ended(ended)` exactly once. They may come before `run` returns.
+    They must be quick, since all commands share the thread: while one of them takes its time, the commands' pipes fill up and
+    the commands wait. They may call `run`, `signal` and `kill`, not `stop`. An exception is logged, and changes nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._selector = selectors.DefaultSelector()
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._owner = 0
+        self._wakeup = -1
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._server: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        #: Supervisors asked for and not here yet; starts of the server since it last answered.
+        self._asked = 0
+        self._starts = 0
+        self._channels: set[_Channel] = set()
+        #: The last used is used next, so that the others can go.
+        self._idle: list[_Channel] = []
+        self._waiting: deque[Running] = deque()
+        #: Work for the thread: unsent channels, and ends without a supervisor.
+        self._posted: deque[Callable[[], object]] = deque()
+
+    def start(self) -> None:
+        """Start the server and the thread. Call it from the main thread, before there are pool processes."""
+        if self._thread is not None:
+            raise RuntimeError("the command runner was started before: it can be started once.")
+        self._owner = os.getpid()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, lambda _events: os.eventfd_read(self._wakeup))
+        with self._lock:
+            self._start_server()
+            self._ask(WARM)
+        self._thread = threading.Thread(target=self._loop, name="aque-commands", daemon=True)
+        self._thread.start()
+
+    def run(self, command: Command, on_started: OnStarted, on_output: OnOutput, on_ended: OnEnded) -> Running:
+        """Start a command, soon; from any thread. What prevents its start is told to `on_ended`, not raised."""
+        running = Running(self, command, on_started, on_output, on_ended)
+        unsent = _frames(command)
+        with self._lock:
+            if self._thread is None or self._stopping or self._owner != os.getpid():
+                state = "stopped" if self._stopping else "not started in this process"
+                raise RuntimeError(f"the command runner is {state}: {_name(command)} was not started.")
+            running._unsent = unsent
+            self._waiting.append(running)
+            if self._idle:
+                self._assign(self._idle.pop())
+            else:
+                self._ask(len(self._waiting))
+        return running
+
+    def stop(self, timeout_seconds: float = 10.0) -> bool:
+        """Kill all that runs, and end the supervisors, the server and the thread. Ends are reported as usual.
+
+        False if something could not be killed in time (a process in a system call that does not return): its end is reported
+        as `lost`, and its supervisor goes on killing it. In a fork of the worker this does nothing.
+        """
+        if self._thread is None or self._owner != os.getpid():
+            return True
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a callback of the command runner cannot stop it: it would wait for itself.")
+        deadline = time.monotonic() + timeout_seconds
+        with self._lock:
+            self._stopping = True
+            active = [*self._waiting, *(channel.running for channel in self._channels if channel.running)]
+        for running in active:
+            running.kill(SIGKILL, 0)
+        with self._changed:
+            clean = self._changed.wait_for(self._is_quiet, timeout_seconds)
+        with self._lock:
+            self._post(self._close)
+        self._thread.join(max(0.1, deadline - time.monotonic()))
+        if self._server is not None:
+            try:
+                self._server.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                clean = False
+        return clean
+
+    # Below: with the lock held
+
+    def _is_quiet(self) -> bool:
+        return not self._waiting and not self._posted and all(channel.running is None for channel in self._channels)
+
+    def _start_server(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._starts += 1
+        self._asked = 0
+        with theirs:
+            self._server = subprocess.Popen(
+                [sys.executable, "-I", "-S", supervisor.__file__, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                # The environment of a worker holds passwords, and nothing else that the server needs.
+                env={name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"},
+                start_new_session=True,  # Ctrl-C is for the worker, which then decides
+            )
+        self._control = ours
+        self._post(lambda: self._selector.register(ours, selectors.EVENT_READ, lambda _events: self._on_control()))
+
+    def _ask(self, wanted: int) -> None:
+        """Have `wanted` supervisors on their way."""
+        if self._control is None:
+            self._post(self._revive)
+        elif wanted > self._asked:
+            try:
+                self._control.send(supervisor.COUNT.pack(wanted - self._asked))
+                self._asked = wanted
+            except OSError:
+                pass  # full: asked again with the next answer; or gone: with the next start of the server
+
+    def _assign(self, channel: _Channel) -> None:
+        """Give the channel the next command; without one, keep it for later."""
+        if not self._waiting:
+            channel.idle_since = time.monotonic()
+            self._idle.append(channel)
+            return
+        running = self._waiting.popleft()
+        running._channel = channel
+        channel.running = running
+        self._send(channel, *running._unsent)
+        running._unsent = []
+
+    def _send(self, channel: _Channel, *parts: bytes) -> None:
+        if channel.send(*parts):
+            self._post(lambda: self._watch(channel, selectors.EVENT_READ | selectors.EVENT_WRITE))
+
+    def _post(self, work: Callable[[], object]) -> None:
+        """Have the thread do it, without the lock."""
+        if self._wakeup >= 0:
+            self._posted.append(work)
+            os.eventfd_write(self._wakeup, 1)
+
+    def _release(self, channel: _Channel) -> Running | None:
+        """Forget the channel, and return the command on it."""
+        self._channels.discard(channel)
+        with suppress(ValueError):
+            self._idle.remove(channel)
+        running, channel.running = channel.running, None
+        if running is not None:
+            running._done = True
+        return running
+
+    # Below: from any thread, without the lock
+
+    def _tell(self, running: Running, kind: bytes, body: bytes) -> None:
+        frame = supervisor.FRAME.pack(kind, len(body)) + body
+        with self._lock:
+            if running._done:
+                return
+            if running._channel is not None:
+                self._send(running._channel, frame)
+            elif kind == supervisor.KILL:
+                running._done = True
+                self._waiting.remove(running)
+                ended = Ended("killed", f"{_name(running.command)} was killed before it was started.")
+                self._post(lambda: self._call(running.on_ended, ended))
+            else:
+                running._unsent.append(frame)
+
+    # Below: in the thread, without the lock
+
+    def _loop(self) -> None:
+        while self._wakeup >= 0:
+            try:
+                for key, events in self._selector.select(self._retire()):
+                    key.data(events)
+                while self._posted:
+                    self._posted.popleft()()
+                    with self._changed:
+                        self._changed.notify_all()
+            except Exception:
+                logger.exception("the command runner goes on after an error of its own: please report it.")
+
+    def _retire(self) -> float | None:
+        """End supervisors that are idle for long; return the seconds until the next one may be."""
+        while True:
+            with self._lock:
+                if len(self._idle) <= WARM:
+                    return None
+                channel = self._idle[0]
+                seconds = channel.idle_since + IDLE_SECONDS - time.monotonic()
+                if seconds > 0:
+                    return seconds
+                self._release(channel)
+            self._disconnect(channel)
+
+    def _watch(self, channel: _Channel, events: int) -> None:
+        if channel in self._channels:
+            self._selector.modify(channel.sock, events, lambda happened: self._on_channel(channel, happened))
+
+    def _disconnect(self, channel: _Channel) -> None:
+        self._selector.unregister(channel.sock)
+        # A fork of the worker may hold a copy of the socket: closing alone would not be an end of file.
+        with suppress(OSError):
+            channel.sock.shutdown(socket.SHUT_RDWR)
+        channel.sock.close()
+
+    def _on_control(self) -> None:
+        control = self._control
+        while control is not None:
+            try:
+                message, fds, _, _ = socket.recv_fds(control, supervisor.PID.size, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except OSError:
+                message, fds = b"", []
+            if not message:
+                self._on_server_lost(control)
+                return
+            (pid,) = supervisor.PID.unpack(message)
+            refused: Running | None = None
+            with self._lock:
+                self._starts = 0
+                self._asked = max(0, self._asked - 1)
+                if fds:
+                    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fds[0])
+                    sock.setblocking(False)
+                    channel = _Channel(sock, pid)
+                    self._channels.add(channel)
+                    self._selector.register(sock, selectors.EVENT_READ)
+                    self._watch(channel, selectors.EVENT_READ)
+                    self._assign(channel)
+                elif self._waiting:
+                    refused = self._waiting.popleft()
+                    refused._done = True
+                if self._waiting:
+                    self._ask(len(self._waiting))
+            if refused is not None:
+                # Without a descriptor, either the server could not fork, or this process has no descriptor left.
+                self._refuse(refused, -pid if pid < 0 else errno.EMFILE)
+
+    def _refuse(self, running: Running, code: int | None) -> None:
+        why = "the supervisors' server does not start" if code is None else os.strerror(code)
+        message = f"{_name(running.command)} was not started: there is no supervisor for it ({why})."
+        self._call(running.on_ended, Ended("cannot_execute", message, errno=code))
+
+    def _on_server_lost(self, control: socket.socket) -> None:
+        """Supervisors go on without their server; new ones need a new one."""
+        logger.error("the supervisors' server died; running commands go on, the next one starts another server.")
+        self._selector.unregister(control)
+        control.close()
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
+        refused: list[Running] = []
+        with self._lock:
+            self._control = None
+            if self._starts >= SERVER_STARTS:
+                self._starts = 0
+                refused.extend(self._waiting)
+                self._waiting.clear()
+                for running in refused:
+                    running._done = True
+            elif self._waiting:
+                self._post(self._revive)
+        for running in refused:
+            self._refuse(running, None)
+
+    def _revive(self) -> None:
+        with self._lock:
+            if self._control is None and self._waiting:
+                self._start_server()
+                self._ask(len(self._waiting))
+
+    def _on_channel(self, channel: _Channel, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            with self._lock:
+                more = channel.flush()
+            if not more:
+                self._watch(channel, selectors.EVENT_READ)
+        if events & selectors.EVENT_READ:
+            try:
+                size = channel.sock.recv_into(self._buffer)
+            except BlockingIOError:
+                return
+            except OSError:
+                size = 0
+            if size:
+                self._read_frames(channel, memoryview(self._buffer)[:size])
+            else:
+                self._on_supervisor_lost(channel)
+
+    def _read_frames(self, channel: _Channel, received: memoryview) -> None:
+        data = memoryview(channel.incoming + received) if channel.incoming else received
+        start = 0
+        while len(data) - start >= supervisor.FRAME.size:
+            kind, length = supervisor.FRAME.unpack_from(data, start)
+            end = start + supervisor.FRAME.size + length
+            if end > len(data):
+                break
+            self._on_frame(channel, kind, bytes(data[start + supervisor.FRAME.size : end]))
+            start = end
+        channel.incoming = bytes(data[start:])
+
+    def _on_frame(self, channel: _Channel, kind: bytes, body: bytes) -> None:
+        running = channel.running
+        if kind == supervisor.BROKEN:
+            channel.broken = body.decode()
+            logger.error("a supervisor failed, and killed what it ran:\n%s", channel.broken)
+        elif running is None:
+            logger.error("a supervisor without a command sent %r.", kind)
+        elif kind == supervisor.STARTED:
+            (running.pid,) = supervisor.NUMBER.unpack(body)
+            self._call(running.on_started, running.pid)
+        elif kind == supervisor.ENDED:
+            report = marshal.loads(body)
+            with self._changed:
+                running._done = True
+                running._channel = channel.running = None
+                # One that could not kill everything ends: it would take those processes for the next command's.
+                if not report["immortal"]:
+                    self._assign(channel)
+                self._changed.notify_all()
+            self._call(running.on_ended, _ended(running, report))
+        else:
+            fd = 1 if kind == supervisor.STDOUT else 2
+            offset = running.written[fd]
+            running.written[fd] = offset + len(body)
+            self._call(running.on_output, fd, offset, body)
+
+    def _on_supervisor_lost(self, channel: _Channel) -> None:
+        with self._changed:
+            running = self._release(channel)
+            self._changed.notify_all()
+        self._disconnect(channel)
+        if running is not None:
+            self._call(running.on_ended, _lost(running, channel))
+
+    def _call(self, callback: Callable[..., None], *args: object) -> None:
+        try:
+            callback(*args)
+        except Exception:
+            logger.exception("a callback of a command failed; the command goes on.")
+
+    def _close(self) -> None:
+        for channel in list(self._channels):
+            self._on_supervisor_lost(channel)
+        with self._lock:
+            if self._control is not None:
+                with suppress(OSError):
+                    self._control.shutdown(socket.SHUT_RDWR)
+                self._control.close()
+                self._control = None
+            self._selector.close()
+            os.close(self._wakeup)
+            self._wakeup = -1
+
+
+def _name(command: Command) -> str:
+    return repr(command.argv[0].decode(errors="backslashreplace")) if command.argv else "a command without words"
+
+
+def _frames(command: Command) -> list[bytes]:
+    """What a supervisor reads to run the command."""
+    stdin = command.stdin or b""
+    spec = marshal.dumps(
+        {
+            "argv": list(command.argv),
+            "env": dict(command.env),
+            "cwd": command.cwd,
+            "umask": command.umask,
+            "stdin_bytes": len(stdin),
+            "output_limit_bytes": command.output_limit_bytes,
+            "time_limit_seconds": command.time_limit_seconds,
+            "kill_grace_seconds": command.kill_grace_seconds,
+        }
+    )
+    return [supervisor.FRAME.pack(supervisor.RUN, len(spec)) + spec, stdin]
+
+
+def _lost(running: Running, channel: _Channel) -> Ended:
+    why = channel.broken.strip().rpartition("\n")[2] or "it was killed, or the runner was stopped"
+    return Ended(
+        "lost",
+        f"the supervisor of {_name(running.command)} ended ({why}): how the command ended is not known.",
+        stdout_bytes=running.written[1],
+        stderr_bytes=running.written[2],
+    )
+
+
+def _ended(running: Running, report: dict[str, Any]) -> Ended:
+    code = None if report["status"] is None else os.waitstatus_to_exitcode(report["status"])
+    number = -code if code is not None and code < 0 else None
+    reason, message = _reason(running.command, report, code)
+    if report["immortal"]:
+        pids = ", ".join(map(str, report["immortal"]))
+        message = f"{message} These of its processes belong to another user, and live on: {pids}.".lstrip()
+    return Ended(
+        reason,
+        message,
+        exit_code=None if number else code,
+        signal=number,
+        errno=report["errno"],
+        stdout_bytes=report["stdout_bytes"],
+        stderr_bytes=report["stderr_bytes"],
+        stdout_truncated=report["stdout_bytes"] > running.written[1],
+        stderr_truncated=report["stderr_bytes"] > running.written[2],
+        cpu_seconds=report["cpu_seconds"],
+        max_rss_bytes=report["max_rss_bytes"],
+    )
+
+
+def _reason(command: Command, report: dict[str, Any], code: int | None) -> tuple[Reason, str]:
+    """Why a command ended, and the sentence about it."""
+    name = _name(command)
+    if report["failed"]:
+        why = os.strerror(report["errno"])
+        if report["failed"] == "cwd":
+            cwd = command.cwd.decode(errors="backslashreplace")
+            return "cannot_enter_cwd", f"cannot enter the working directory {cwd!r}: {why}. {name} was not started."
+        missing = report["errno"] in (errno.ENOENT, errno.ENOTDIR)
+        if not report["found"] and (missing or "/" not in name):
+            where = "there is no such file" if "/" in name else "it is in no directory of the command's PATH"
+            return "not_found", f"cannot find {name}: {where}."
+        if missing:
+            return "cannot_execute", f"cannot execute {name}: the file exists, the interpreter it names does not."
+        return "cannot_execute", f"cannot execute {name}: {why}."
+    if code is None:
+        how = "has not ended"
+    elif code < 0:
+        how = f"ended by {_signal_name(-code)}"
+    else:
+        how = f"exited with {code}"
+    if report["why"] == "time_limit":
+        limit = command.time_limit_seconds
+        return "time_limit", f"{name} ran longer than its time limit of {limit:g} s: it was killed, and {how}."
+    if report["why"] == "killed":
+        return "killed", f"{name} was killed, and {how}."
+    return ("exit", "") if code is not None and code >= 0 else ("signal", f"{name} {how}.")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return Signals(number).name
+    except ValueError:
+        return f"signal {number}"

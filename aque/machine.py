@@ -1,0 +1,69 @@
+"""This host and this process: CPUs, memory, identity, and the settings that its environment and files give."""
+
+import os
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from aque import settings
+from aque.errors import BadSetting
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use: its affinity, which containers and `taskset` narrow."""
+    return len(os.sched_getaffinity(0))
+
+
+def total_memory_bytes() -> int:
+    """The memory of this machine, or of the container if that has a limit."""
+    total = int(psutil.virtual_memory().total)
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(file).read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            total = min(total, int(text))
+    return total
+
+
+def boot_id() -> str:
+    """Changes with every boot; with a pid and its start time it names one process for ever."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(psutil.boot_time())
+
+
+def process_started(pid: int) -> float | None:
+    """When this process started, in seconds since 1970; None if there is none. A zombie counts as gone."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def is_alive(pid: int, started: float) -> bool:
+    """True if the process with this pid is the one that started then. Clock adjustments move the reading a little."""
+    found = process_started(pid)
+    return found is not None and abs(found - started) < 1.0
+
+
+def settings_here(celery_conf: Callable[[str], Any] | None = None, **given: Any) -> settings.Settings:
+    """The settings of this process. Raises BadSetting."""
+    name = os.environ.get("AQUE_CONFIG")
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    file = Path(name) if name else Path(base) / "aque" / "aque.toml"
+    try:
+        values = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        if name:
+            raise BadSetting(f"AQUE_CONFIG names {name}, which does not exist.") from None
+        values = {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadSetting(f"cannot read the configuration file {file}: {error}.") from error
+    return settings.load(os.environ, values, celery_conf, **given)

@@ -1,0 +1,693 @@
+"""Rows <-> values: what the rest of Aque asks of the tables. Methods take an open connection; those that write several
+rows belong inside `transaction(connection)`.
+
+Every write by a worker carries its claim, (task, attempt, token): a worker that stalled past its lease finds 0 rows.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import sqlalchemy as sa
+
+from aque import deps
+from aque.errors import BadInput, UnknownTask
+from aque.resources import CpuRequest
+from aque.settings import Settings
+from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
+from aque.store import schema
+from aque.store import statements as sql
+from aque.store.engine import copy_rows, open_engine, reachable, transaction
+from aque.store.tables import edge, payload, task
+from aque.values import (
+    ClaimedTask,
+    Condition,
+    Dependency,
+    Outcome,
+    Pattern,
+    ReadyTask,
+    Requirement,
+    TaskSpec,
+    WorkerInfo,
+)
+
+#: From this many rows on COPY is faster than an INSERT with its parameters.
+COPY_FROM = 100
+
+
+@dataclass(slots=True)
+class Released:
+    """What a set of ended tasks set in motion."""
+
+    ready: list[ReadyTask] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    groups: dict[int, State] = field(default_factory=dict)  #: groups that ended with their last member
+
+
+@dataclass(slots=True)
+class Finished(Released):
+    """What became of a batch of outcomes."""
+
+    ended: dict[int, State] = field(default_factory=dict)
+    repeated: list[int] = field(default_factory=list)  #: failed, and ready for another attempt
+    refused: list[int] = field(default_factory=list)  #: the claim no longer stands: nothing was written
+
+
+@dataclass(slots=True)
+class Killed(Released):
+    """What a kill did, by id."""
+
+    cancelled: list[int] = field(default_factory=list)  #: had not started
+    requested: list[int] = field(default_factory=list)  #: their workers will signal them
+    untouched: dict[int, State] = field(default_factory=dict)  #: complete already, or nothing to signal
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A kill that a worker has yet to carry out."""
+
+    id: int
+    token: int
+    signal: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """A task's end as stored."""
+
+    id: int
+    name: str
+    state: State
+    reason: Reason | None
+    exit_code: int | None
+    signal: int | None
+    value: bytes | None
+    error: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A worker as registered; `expired_seconds` ago its lease ended (negative: it holds)."""
+
+    info: WorkerInfo
+    state: str
+    started_at: float
+    seen_at: float
+    lease_until: float
+    expired_seconds: float
+
+    @property
+    def is_live(self) -> bool:
+        """True while its lease holds and it has not stopped."""
+        return self.state == "live" and self.expired_seconds < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A broken invariant and the tasks (or workers) that break it."""
+
+    rule: str
+    ids: tuple[int, ...]
+
+
+def open_store(settings: Settings, **engine_options: Any) -> "Store":
+    """The store of this farm, checked: reachable and of the version that this Aque uses. A fresh SQLite file gets its
+    tables here; on PostgreSQL `aque init` makes them. Raises a StoreError."""
+    url = settings.store_url
+    engine = open_engine(url, **engine_options)
+    if engine.dialect.name == "sqlite" and Path(unquote(urlsplit(url).path)[1:]).stat().st_size == 0:
+        schema.upgrade(engine)
+    store = Store(engine)
+    with store.connect() as connection:
+        schema.check(connection)
+    return store
+
+
+class Store:
+    """The tables of one farm. Safe to share between threads; every thread opens a connection of its own."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+        self.dialect = engine.dialect.name
+        self._requirement_ids: dict[Requirement, int] = {}
+        self._requirements: dict[int, Requirement] = {}
+        self._environment_ids: set[str] = set()
+
+    @contextmanager
+    def connect(self) -> Iterator[sa.Connection]:
+        """A connection in autocommit mode; StoreUnreachable if there is none to be had, or it breaks."""
+        with reachable(self.engine), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A connection inside one write transaction."""
+        with self.connect() as connection, transaction(connection):
+            yield connection
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self.engine.dispose()
+
+    # -- submit -------------------------------------------------------------------------------------------------------
+
+    def reserve_ids(self, connection: sa.Connection, count: int) -> list[int]:
+        """`count` ids that no other task has or will have, rising."""
+        rows = connection.execute(sql.reserve_ids(self.dialect), {"count": count}).scalars().all()
+        if self.dialect == "sqlite":
+            return list(range(rows[0] - count + 1, rows[0] + 1))
+        return sorted(rows)
+
+    def submit(self, connection: sa.Connection, specs: Sequence[TaskSpec]) -> dict[int, State]:
+        """Insert these tasks and their edges, all or nothing, inside the caller's transaction; their first states.
+
+        Raises Cycle or UnknownTask, and then nothing has been written.
+        """
+        graph: dict[int, Sequence[Dependency]] = {spec.id: spec.dependencies for spec in specs}
+        outside = {d.upstream for spec in specs for d in spec.dependencies if d.upstream not in graph}
+        states = self._upstream_states(connection, sorted(outside))
+        starts = deps.starts(graph, [s.id for s in specs if s.requirement.pattern is Pattern.GROUP], states)
+        everything = {**states, **{task_id: start.state for task_id, start in starts.items()}}
+        now = connection.execute(sql.now()).scalar_one()
+        task_rows, payload_rows, edge_rows = [], [], []
+        for spec in specs:
+            start = starts[spec.id]
+            task_rows.append(self._task_row(connection, spec, start, now))
+            if spec.requirement.pattern is not Pattern.GROUP:
+                payload_rows.append(self._payload_row(connection, spec))
+            edge_rows += [
+                (d.upstream, spec.id, str(d.condition), deps.is_satisfied(d.condition, everything[d.upstream]))
+                for d in spec.dependencies
+            ]
+        self._insert(connection, task, _TASK_COLUMNS, task_rows)
+        self._insert(connection, payload, _PAYLOAD_COLUMNS, payload_rows)
+        self._insert(connection, edge, _EDGE_COLUMNS, edge_rows)
+        return {task_id: start.state for task_id, start in starts.items()}
+
+    def intern(self, connection: sa.Connection, specs: Iterable[TaskSpec]) -> None:
+        """Make sure that the requirement classes and environments of `specs` have rows. Outside of the submission's own
+        transaction, so that two submitters of the same class never wait for each other."""
+        for requirement in {spec.requirement for spec in specs if spec.requirement.pattern is not Pattern.GROUP}:
+            if requirement not in self._requirement_ids:
+                self._requirement_ids[requirement] = self._requirement_id(connection, requirement)
+        for content in {spec.environment for spec in specs if spec.environment}:
+            digest = _digest(content)
+            if digest not in self._environment_ids:
+                connection.execute(sql.add_environment(self.dialect), {"id": digest, "content": content})
+                self._environment_ids.add(digest)
+
+    def _requirement_id(self, connection: sa.Connection, requirement: Requirement) -> int:
+        key = _requirement_key(requirement)
+        found = connection.execute(sql.find_requirement(), key).scalar()
+        if found is None:
+            (new,) = self.reserve_ids(connection, 1)
+            connection.execute(sql.add_requirement(self.dialect), {"id": new, **key})
+            found = connection.execute(sql.find_requirement(), key).scalar_one()
+        return int(found)
+
+    def _upstream_states(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, State]:
+        if not ids:
+            return {}
+        rows = connection.execute(sql.upstream_states(self.dialect), {"ids": json.dumps(ids)})
+        states = {row.id: State(row.state) for row in rows}
+        if missing := [i for i in ids if i not in states]:
+            raise UnknownTask(missing)
+        return states
+
+    def _task_row(self, connection: sa.Connection, spec: TaskSpec, start: deps.Start, now: float) -> tuple[Any, ...]:
+        is_group = spec.requirement.pattern is Pattern.GROUP
+        reason = {State.SKIPPED: Reason.DEPENDENCY, State.ERROR: Reason.DEPENDENCY}.get(start.state)
+        return (
+            spec.id,
+            str(start.state),
+            None if is_group else self._requirement_ids[spec.requirement],
+            spec.priority,
+            spec.duration,
+            start.unmet,
+            0,
+            0,
+            0,
+            spec.max_attempts,
+            spec.name,
+            str(spec.requirement.pattern),
+            spec.id if spec.job_id is None else spec.job_id,
+            spec.layer or spec.name,
+            spec.parent_id,
+            spec.seq,
+            spec.submitter,
+            spec.celery_id,
+            None if reason is None else str(reason),
+            now,
+            now if start.state in COMPLETE_STATES else None,
+        )
+
+    def _payload_row(self, connection: sa.Connection, spec: TaskSpec) -> tuple[Any, ...]:
+        return (
+            spec.id,
+            spec.function,
+            spec.arguments,
+            _json(spec.inputs) if spec.inputs else b"",
+            _join(spec.argv),
+            spec.stdin,
+            spec.cwd,
+            spec.umask,
+            _digest(spec.environment) if spec.environment else None,
+            _json(spec.import_path) if spec.import_path else b"",
+            _join(spec.io_paths),
+            spec.time_limit_seconds,
+            _json(spec.extra) if spec.extra else b"",
+        )
+
+    def _insert(self, connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: list[Any]) -> None:
+        if len(rows) >= COPY_FROM:
+            copy_rows(connection, table, columns, rows)
+        elif rows:
+            connection.execute(sa.insert(table), [dict(zip(columns, row, strict=True)) for row in rows])
+
+    # -- claim --------------------------------------------------------------------------------------------------------
+
+    def ready_classes(self, connection: sa.Connection) -> dict[int, Requirement]:
+        """The requirement classes that have ready tasks."""
+        ids = connection.execute(sql.ready_classes()).scalars().all()
+        return self.requirements(connection, ids)
+
+    def requirements(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, Requirement]:
+        """Requirement classes by id; they never change, so each is read once."""
+        wanted = list(ids)
+        if unknown := [i for i in wanted if i not in self._requirements]:
+            for row in connection.execute(sql.requirements(self.dialect), {"ids": json.dumps(unknown)}):
+                self._requirements[row.id] = Requirement(
+                    row.queue, Pattern(row.pattern), row.cpus, row.memory_bytes, row.host, row.platform
+                )
+        return {i: self._requirements[i] for i in wanted}
+
+    def candidates(self, connection: sa.Connection, classes: Sequence[int], limit: int) -> list[list[ReadyTask]]:
+        """Up to `limit` ready tasks of each class, best first within a class."""
+        if not classes:
+            return []
+        rows = connection.execute(
+            sql.candidates(self.dialect), {"classes": json.dumps(list(classes)), "limit": limit}
+        ).all()
+        by_class: dict[int, list[ReadyTask]] = {}
+        for row in rows:
+            by_class.setdefault(row.requirement_id, []).append(ReadyTask(*row))
+        for ready in by_class.values():  # SQLite's join gives them in no promised order
+            ready.sort(key=lambda t: (-t.priority, -t.duration, t.id))
+        return list(by_class.values())
+
+    def claim(
+        self, connection: sa.Connection, ids: Sequence[int], worker_id: int, token: int, state: State
+    ) -> list[ClaimedTask]:
+        """Give those of `ids` that are still ready to the worker, in the order of `ids`. Others may have been faster."""
+        if not ids:
+            return []
+        parameters = {"ids": json.dumps(list(ids)), "to_worker": worker_id, "new_token": token, "to_state": str(state)}
+        moved = [row.id for row in connection.execute(sql.claim(self.dialect), parameters)]
+        if not moved:
+            return []
+        rows = connection.execute(sql.claimed_tasks(self.dialect), {"ids": json.dumps(moved)})
+        position = {task_id: index for index, task_id in enumerate(ids)}
+        return sorted((_claimed(row, token) for row in rows), key=lambda t: position[t.id])
+
+    def values(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, bytes]:
+        """The stored results of these tasks, as JSON; `null` where a task has none."""
+        rows = connection.execute(sql.results(self.dialect), {"ids": json.dumps(list(ids))})
+        return {row.id: b"null" if row.value is None else bytes(row.value) for row in rows}
+
+    def start(self, connection: sa.Connection, started: Iterable[tuple[int, int, float]]) -> None:
+        """Buffered tasks, as (id, token, seconds ago), that run now."""
+        rows = [{"id": i, "token": token, "ran": ran} for i, token, ran in started]
+        if rows:
+            connection.execute(sql.start(self.dialect), {"rows": json.dumps(rows)})
+
+    def give_back(self, connection: sa.Connection, claims: Iterable[tuple[int, int]]) -> list[int]:
+        """Make these active tasks, as (id, token), ready again without spending an attempt; returns which were."""
+        rows = [{"id": i, "token": token} for i, token in claims]
+        if not rows:
+            return []
+        return [row.id for row in connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)})]
+
+    # -- finish and release -------------------------------------------------------------------------------------------
+
+    def finish(self, connection: sa.Connection, outcomes: Sequence[Outcome]) -> Finished:
+        """Record outcomes whose claims still stand and release what waited for them, inside the caller's transaction.
+
+        A batch may be replayed after a commit in doubt: what was recorded the first time is `refused` the second.
+        """
+        if not outcomes:
+            return Finished()
+        rows = [
+            {
+                "id": o.id,
+                "attempt": o.attempt,
+                "token": o.token,
+                "state": str(o.state),
+                "reason": None if o.reason is None else str(o.reason),
+                "exit_code": o.exit_code,
+                "signal": o.signal,
+                "ran": o.ran_seconds,
+                "repeat": o.state is State.ERROR,
+            }
+            for o in sorted(outcomes, key=lambda o: o.id)
+        ]
+        moved = {
+            row.id: State(row.state) for row in connection.execute(sql.finish(self.dialect), {"rows": json.dumps(rows)})
+        }
+        ended = {i: state for i, state in moved.items() if state in COMPLETE_STATES}
+        repeated = [i for i in moved if i not in ended]
+        if repeated:
+            self._keep_attempts(connection, repeated, State.ERROR, None)
+        values = [
+            {"task_id": o.id, "value": o.value, "error": o.error}
+            for o in outcomes
+            if o.id in moved and (o.value is not None or o.error is not None)
+        ]
+        if values:
+            connection.execute(sql.store_results(self.dialect), values)
+        released = self.release(connection, ended)
+        return Finished(
+            released.ready,
+            released.skipped,
+            released.groups,
+            ended,
+            repeated,
+            [o.id for o in outcomes if o.id not in moved],
+        )
+
+    def release(self, connection: sa.Connection, ended: Mapping[int, State]) -> Released:
+        """Settle everything that waited for `ended`, which this transaction has just moved: count down, skip what has
+        become impossible (all the way down), end groups whose last member this was."""
+        result = Released()
+        wave = dict(ended)
+        while wave:
+            edges = connection.execute(sql.open_edges(self.dialect), {"ids": json.dumps(list(wave))}).all()
+            if not edges:
+                break
+            if any(deps.is_impossible(Condition(e.condition), wave[e.upstream]) for e in edges):
+                rows = json.dumps([{"id": i, "ok": state is State.SUCCESS} for i, state in wave.items()])
+                doomed = connection.execute(sql.doomed(self.dialect), {"rows": rows}).scalars().all()
+                skipped = connection.execute(sql.skip(self.dialect), {"ids": json.dumps(list(doomed))}).scalars().all()
+                result.skipped += skipped
+                wave |= dict.fromkeys(skipped, State.SKIPPED)
+            rows = json.dumps([{"id": i, "ok": state is State.SUCCESS} for i, state in wave.items()])
+            met = Counter(connection.execute(sql.satisfy_edges(self.dialect), {"rows": rows}).scalars())
+            wave = self._count_down(connection, met, result)
+        return result
+
+    def _count_down(self, connection: sa.Connection, met: Mapping[int, int], result: Released) -> dict[int, State]:
+        """Take satisfied dependencies from their dependents; the groups that this ended."""
+        if not met:
+            return {}
+        rows = json.dumps([{"id": i, "n": n} for i, n in sorted(met.items())])
+        groups = []
+        for row in connection.execute(sql.count_down(self.dialect), {"rows": rows}):
+            if row.unmet == 0 and row.state == State.READY:
+                result.ready.append(ReadyTask(row.id, row.requirement_id, row.priority, row.duration, row.name))
+            elif row.unmet == 0 and row.requirement_id is None:
+                groups.append(row.id)
+        if not groups:
+            return {}
+        ended = {
+            row.id: State(row.state)
+            for row in connection.execute(sql.end_groups(self.dialect), {"ids": json.dumps(groups)})
+        }
+        result.groups |= ended
+        return ended
+
+    def _keep_attempts(
+        self, connection: sa.Connection, ids: Sequence[int], state: State | str, reason: Reason | None
+    ) -> None:
+        parameters = {
+            "ids": json.dumps(list(ids)),
+            "ended_as": str(state),
+            "because": None if reason is None else str(reason),
+        }
+        connection.execute(sql.keep_attempts(self.dialect), parameters)
+
+    def append_output(self, connection: sa.Connection, pieces: Iterable[tuple[int, int, int, int, bytes]]) -> None:
+        """Captured bytes as (task, attempt, fd, offset, data)."""
+        names = ("task_id", "attempt", "fd", "offset", "data")
+        rows = [dict(zip(names, piece, strict=True)) for piece in pieces]
+        if rows:
+            connection.execute(sql.append_output(self.dialect), rows)
+
+    # -- kill ---------------------------------------------------------------------------------------------------------
+
+    def kill(self, connection: sa.Connection, ids: Iterable[int], signal: int) -> Killed:
+        """Withdraw what has not started, and leave `signal` for the workers of what has; members of a job go with it.
+
+        A signal that does not end a task (see `states.ENDING_SIGNALS`) touches running tasks only. Raises UnknownTask.
+        """
+        wanted = sorted(set(ids))
+        rows = connection.execute(sql.lock_tasks(self.dialect), {"ids": json.dumps(wanted)})
+        states = {row.id: State(row.state) for row in rows}
+        if missing := [i for i in wanted if i not in states]:
+            raise UnknownTask(missing, "Nothing was killed.")
+        everything = json.dumps(list(states))
+        ended: dict[int, State] = {}
+        if signal in ENDING_SIGNALS:
+            ended = {
+                row.id: State(row.state) for row in connection.execute(sql.cancel(self.dialect), {"ids": everything})
+            }
+        parameters = {"ids": everything, "wanted_signal": signal}
+        requested = list(connection.execute(sql.request_kill(self.dialect), parameters).scalars())
+        released = self.release(connection, ended)
+        touched = {*ended, *requested, *released.skipped, *released.groups}
+        return Killed(
+            released.ready,
+            released.skipped,
+            released.groups,
+            list(ended),
+            requested,
+            {i: state for i, state in states.items() if i not in touched},
+        )
+
+    def requested_kills(self, connection: sa.Connection, worker_id: int) -> list[Kill]:
+        """The kills that this worker has yet to carry out."""
+        return [Kill(*row) for row in connection.execute(sql.requested_kills(), {"which_worker": worker_id})]
+
+    def signal_delivered(self, connection: sa.Connection, kills: Iterable[Kill]) -> None:
+        """These signals only had to be delivered, and have been."""
+        rows = [{"id": kill.id, "token": kill.token} for kill in kills]
+        if rows:
+            connection.execute(sql.signal_delivered(self.dialect), {"rows": json.dumps(rows)})
+
+    # -- workers and leases -------------------------------------------------------------------------------------------
+
+    def register(self, connection: sa.Connection, info: WorkerInfo) -> None:
+        """Add a live worker; its lease starts now."""
+        row = {name: getattr(info, name) for name in WorkerInfo.__slots__}
+        connection.execute(
+            sql.insert_worker(),
+            {**row, "queues": json.dumps(info.queues), "state": "live", "lease": info.lease_seconds},
+        )
+
+    def renew(self, connection: sa.Connection, worker_id: int) -> bool:
+        """Extend the worker's lease; False: a reaper has declared it lost, and it owns nothing any more."""
+        return connection.execute(sql.renew(), {"which_worker": worker_id}).first() is not None
+
+    def set_queues(self, connection: sa.Connection, worker_id: int, queues: Iterable[str]) -> None:
+        """The queues that this worker serves from now on."""
+        connection.execute(sql.set_queues(), {"which_worker": worker_id, "new_queues": json.dumps(sorted(queues))})
+
+    def unregister(self, connection: sa.Connection, worker_id: int) -> None:
+        """The worker has stopped and given everything back."""
+        connection.execute(sql.stop_worker(), {"which_worker": worker_id})
+
+    def workers(self, connection: sa.Connection) -> list[WorkerRow]:
+        """All workers ever, oldest first."""
+        return [_worker(row) for row in connection.execute(sql.workers())]
+
+    def reap(self, connection: sa.Connection, row: WorkerRow, max_lost: int) -> Released | None:
+        """Declare a worker lost and free its tasks, inside the caller's transaction; None: it has renewed, or another
+        reaper was faster. A task that has lost `max_lost` attempts ends in error."""
+        parameters = {"which_worker": row.info.id, "seen_lease_until": row.lease_until}
+        if connection.execute(sql.declare_lost(self.dialect), parameters).first() is None:
+            return None
+        held = connection.execute(sql.held_by_worker(), {"which_worker": row.info.id}).all()
+        rows: list[dict[str, Any]] = []
+        for item in held:
+            started = item.state == State.RUNNING
+            if item.kill_signal in ENDING_SIGNALS:
+                state, reason = (State.KILLED if started else State.CANCELLED), Reason.REQUEST
+            elif started and item.lost + 1 >= max_lost:
+                state, reason = State.ERROR, Reason.WORKER_LOST
+            else:
+                state, reason = State.READY, Reason.WORKER_LOST
+            rows.append({"id": item.id, "state": str(state), "reason": str(reason)})
+        if not rows:
+            return Released()
+        again = {r["id"] for r in rows if r["state"] == State.READY}
+        if ran := [item.id for item in held if item.state == State.RUNNING and item.id in again]:
+            self._keep_attempts(connection, ran, "lost", Reason.WORKER_LOST)
+        moved = connection.execute(sql.lose(self.dialect), {"rows": json.dumps(rows)}).all()
+        return self.release(connection, {r.id: State(r.state) for r in moved if State(r.state) in COMPLETE_STATES})
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def tasks(
+        self, connection: sa.Connection, where: Mapping[str, Any] | None = None, fields: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Tasks that match `where` (field -> value or list of values) in id order, as dictionaries of `fields`.
+
+        Times are datetimes (UTC), memory is in bytes, `depends_on` is a list of ids. Raises BadInput, naming the fields
+        there are.
+        """
+        wanted = tuple(fields) if fields is not None else (*sql.FIELDS, "depends_on")
+        for name in {*wanted, *(where or {})} - set(sql.FIELDS) - {"depends_on"}:
+            raise BadInput(f"there is no field {name!r}; there are: {', '.join([*sql.FIELDS, 'depends_on'])}.")
+        if "depends_on" in (where or {}):
+            raise BadInput("depends_on can be shown, not asked for.")
+        columns = tuple(dict.fromkeys(("id", *(name for name in wanted if name != "depends_on"))))
+        rows = connection.execute(sql.tasks(columns, dict(where or {}))).all()
+        upstream: dict[int, list[int]] = {}
+        if "depends_on" in wanted:
+            for edge_row in connection.execute(
+                sql.dependencies(self.dialect), {"ids": json.dumps([r.id for r in rows])}
+            ):
+                upstream.setdefault(edge_row.downstream, []).append(edge_row.upstream)
+        for row in rows:
+            found = dict(row._mapping)
+            for name in ("submitted_at", "started_at", "finished_at"):
+                if found.get(name) is not None:
+                    found[name] = datetime.fromtimestamp(found[name], UTC)
+            found["depends_on"] = upstream.get(row.id, [])
+            yield {name: found[name] for name in wanted}
+
+    def counts(self, connection: sa.Connection) -> dict[State, int]:
+        """How many tasks are in each state that has any."""
+        return {State(state): count for state, count in connection.execute(sql.counts())}
+
+    def completed(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, State]:
+        """Those of `ids` that are complete, and how."""
+        rows = connection.execute(sql.completed(self.dialect), {"ids": json.dumps(list(ids))})
+        return {row.id: State(row.state) for row in rows}
+
+    def stored_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
+        """State, result and error of each of these tasks that there is."""
+        rows = connection.execute(sql.results(self.dialect), {"ids": json.dumps(list(ids))})
+        return {
+            row.id: StoredResult(
+                row.id,
+                row.name,
+                State(row.state),
+                None if row.reason is None else Reason(row.reason),
+                row.exit_code,
+                row.signal,
+                None if row.value is None else bytes(row.value),
+                None if row.error is None else bytes(row.error),
+            )
+            for row in rows
+        }
+
+    def ids_of(self, connection: sa.Connection, celery_ids: Sequence[str]) -> dict[str, int]:
+        """The tasks that Celery knows by these ids: decimal ones, and those that a caller brought."""
+        brought = [i for i in celery_ids if not i.isdecimal()]
+        found = {i: int(i) for i in celery_ids if i.isdecimal() and len(i) < 19}
+        if brought:
+            found.update(connection.execute(sql.ids_of_celery_ids(), {"celery_ids": brought}).tuples().all())
+        return found
+
+    def last_id(self, connection: sa.Connection, submitter: str) -> int | None:
+        """The newest task or job of this submitter: `@last` on the command line."""
+        found = connection.execute(sql.last_id(), {"submitter": submitter}).scalar()
+        return None if found is None else int(found)
+
+    def output_after(
+        self, connection: sa.Connection, task_id: int, attempt: int, fd: int, offset: int
+    ) -> list[tuple[int, bytes]]:
+        """The next pieces of a captured stream from `offset` on, as (offset, bytes); call again until there are none."""
+        parameters = {"task_id": task_id, "attempt": attempt, "fd": fd, "offset": offset}
+        return [(row.offset, bytes(row.data)) for row in connection.execute(sql.output_after(), parameters)]
+
+    def doctor(self, connection: sa.Connection) -> list[Finding]:
+        """The invariants that this store breaks; empty for a sound one."""
+        findings = []
+        for rule, statement in sql.checks(self.dialect).items():
+            if ids := connection.execute(statement.distinct().limit(100)).scalars().all():
+                findings.append(Finding(rule, tuple(ids)))
+        reserved: dict[int, tuple[Fraction, Fraction, int, int]] = {}
+        for row in connection.execute(sql.reservations()):
+            whole = Fraction(row.worker_cpus)
+            cpus, _, memory, _ = reserved.get(row.id, (Fraction(0), whole, 0, 0))
+            cpus += CpuRequest.parse(row.cpus).share(whole)
+            reserved[row.id] = (cpus, whole, memory + row.memory_bytes, row.worker_memory)
+        if over := [i for i, (cpus, whole, memory, total) in reserved.items() if cpus > whole or memory > total]:
+            findings.append(Finding("I8 reservations on a worker do not exceed its capacity", tuple(over)))
+        return findings
+
+
+_TASK_COLUMNS = (
+    "id", "state", "requirement_id", "priority", "duration", "unmet", "attempt", "failed", "lost", "max_attempts",
+    "name", "pattern", "job_id", "layer", "parent_id", "seq", "submitter", "celery_id", "reason", "submitted_at",
+    "finished_at",
+)  # fmt: skip
+_PAYLOAD_COLUMNS = (
+    "task_id", "function", "arguments", "inputs", "argv", "stdin", "cwd", "umask", "environment_id", "import_path",
+    "io_paths", "time_limit_seconds", "extra",
+)  # fmt: skip
+_EDGE_COLUMNS = ("upstream", "downstream", "condition", "satisfied")
+
+
+def _requirement_key(requirement: Requirement) -> dict[str, Any]:
+    return {name: getattr(requirement, name) for name in Requirement.__slots__} | {"pattern": str(requirement.pattern)}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(dict(value) if isinstance(value, Mapping) else list(value), separators=(",", ":")).encode()
+
+
+def _join(words: Iterable[bytes]) -> bytes:
+    return b"".join(word + b"\0" for word in words)
+
+
+def _split(joined: bytes) -> tuple[bytes, ...]:
+    return tuple(bytes(joined).split(b"\0")[:-1])
+
+
+def _claimed(row: Any, token: int) -> ClaimedTask:
+    return ClaimedTask(
+        id=row.id,
+        attempt=row.attempt,
+        token=token,
+        class_id=row.requirement_id,
+        name=row.name,
+        pattern=Pattern(row.pattern),
+        queue=row.queue,
+        priority=row.priority,
+        function=row.function,
+        arguments=bytes(row.arguments),
+        inputs=tuple(json.loads(row.inputs)) if row.inputs else (),
+        argv=_split(row.argv),
+        stdin=None if row.stdin is None else bytes(row.stdin),
+        cwd=bytes(row.cwd),
+        umask=row.umask,
+        environment=bytes(row.environment or b""),
+        import_path=tuple(json.loads(row.import_path)) if row.import_path else (),
+        parent_id=row.parent_id,
+        job_id=row.job_id,
+        celery_id=row.celery_id,
+        max_attempts=row.max_attempts,
+        time_limit_seconds=row.time_limit_seconds,
+    )
+
+
+def _worker(row: Any) -> WorkerRow:
+    info = {name: getattr(row, name) for name in WorkerInfo.__slots__}
+    info["queues"] = tuple(json.loads(row.queues))
+    return WorkerRow(WorkerInfo(**info), row.state, row.started_at, row.seen_at, row.lease_until, row.expired)
+
+
+__all__ = ["Finding", "Finished", "Kill", "Killed", "Released", "Store", "StoredResult", "WorkerRow", "open_store"]

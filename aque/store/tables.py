@@ -1,0 +1,183 @@
+"""The tables. Times are seconds since 1970, UTC; `id` is a bigint from one sequence for tasks, jobs and workers alike."""
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s",
+    }
+)
+
+#: SQLite gives only INTEGER PRIMARY KEY the table's own key; a BIGINT one would be a second index.
+Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+sequence = sa.Table(
+    "aque_sequence",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+    comment="SQLite's id sequence; PostgreSQL has a real one, aque_id",
+)
+
+requirement = sa.Table(
+    "aque_requirement",
+    metadata,
+    sa.Column("id", Id, primary_key=True, autoincrement=False),
+    sa.Column("queue", sa.Text, nullable=False),
+    sa.Column("pattern", sa.Text, nullable=False),
+    sa.Column("cpus", sa.Text, nullable=False, comment="as requested"),
+    sa.Column("memory_bytes", sa.BigInteger, nullable=False),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("platform", sa.Text, nullable=False),
+    sa.UniqueConstraint("queue", "pattern", "cpus", "memory_bytes", "host", "platform"),
+    comment="one row per distinct requirement: a worker decides in Python which of them fit",
+)
+
+task = sa.Table(
+    "aque_task",
+    metadata,
+    sa.Column("id", Id, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("requirement_id", Id, nullable=True, comment="null for a group: it needs no worker"),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("duration", sa.Double, nullable=False, comment="expected seconds; 0: unknown"),
+    sa.Column("unmet", sa.Integer, nullable=False, comment="dependencies left"),
+    sa.Column("attempt", sa.Integer, nullable=False, comment="0 before the first"),
+    sa.Column("failed", sa.Integer, nullable=False, comment="attempts that ended in error"),
+    sa.Column("lost", sa.Integer, nullable=False, comment="attempts whose worker died"),
+    sa.Column("max_attempts", sa.Integer, nullable=False),
+    sa.Column("worker_id", Id, comment="of the latest attempt"),
+    sa.Column("token", sa.BigInteger, comment="of the claim; null unless active"),
+    sa.Column("kill_signal", sa.Integer, comment="a kill that its worker has not carried out yet"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("pattern", sa.Text, nullable=False),
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("layer", sa.Text, nullable=False),
+    sa.Column("parent_id", Id),
+    sa.Column("seq", sa.Integer, nullable=False, comment="position within the job"),
+    sa.Column("submitter", sa.Text, nullable=False),
+    sa.Column("progress", sa.Double, comment="0 to 1, as the task reports it"),
+    sa.Column("celery_id", sa.Text, comment="where the caller brought one"),
+    sa.Column("reason", sa.Text),
+    sa.Column("exit_code", sa.Integer),
+    sa.Column("signal", sa.Integer),
+    sa.Column("submitted_at", sa.Double, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("finished_at", sa.Double),
+    postgresql_with={"fillfactor": 85},
+)
+_ready = task.c.state == sa.literal_column("'ready'")
+_active = task.c.state.in_([sa.literal_column("'claimed'"), sa.literal_column("'running'")])
+_member = task.c.job_id != task.c.id
+sa.Index(
+    "ix_aque_task_ready",
+    task.c.requirement_id,
+    task.c.priority.desc(),
+    task.c.duration.desc(),
+    task.c.id,
+    postgresql_where=_ready,
+    sqlite_where=_ready,
+)
+sa.Index("ix_aque_task_active", task.c.worker_id, postgresql_where=_active, sqlite_where=_active)
+sa.Index("ix_aque_task_job", task.c.job_id, postgresql_where=_member, sqlite_where=_member)
+_named = task.c.celery_id.is_not(None)
+sa.Index("ix_aque_task_celery_id", task.c.celery_id, unique=True, postgresql_where=_named, sqlite_where=_named)
+
+payload = sa.Table(
+    "aque_payload",
+    metadata,
+    sa.Column("task_id", Id, primary_key=True, autoincrement=False),
+    sa.Column("function", sa.Text, nullable=False, comment="module:qualname"),
+    sa.Column("arguments", sa.LargeBinary, nullable=False, comment="JSON of [args, kwargs]"),
+    sa.Column(
+        "inputs", sa.LargeBinary, nullable=False, comment="JSON list of the tasks whose results the arguments name"
+    ),
+    sa.Column("argv", sa.LargeBinary, nullable=False, comment="each word ended by NUL"),
+    sa.Column("stdin", sa.LargeBinary, comment="null: /dev/null"),
+    sa.Column("cwd", sa.LargeBinary, nullable=False),
+    sa.Column("umask", sa.Integer, nullable=False),
+    sa.Column("environment_id", sa.Text, comment="digest"),
+    sa.Column("import_path", sa.LargeBinary, nullable=False, comment="JSON list"),
+    sa.Column("io_paths", sa.LargeBinary, nullable=False, comment="each path ended by NUL"),
+    sa.Column("time_limit_seconds", sa.Double),
+    sa.Column("extra", sa.LargeBinary, nullable=False, comment="JSON object: whatever has no column of its own"),
+    comment="what a task is: written once, read at the claim",
+)
+
+environment = sa.Table(
+    "aque_environment",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True, comment="SHA-256 of the content"),
+    sa.Column("content", sa.LargeBinary, nullable=False, comment="NAME=VALUE, each ended by NUL"),
+)
+
+edge = sa.Table(
+    "aque_edge",
+    metadata,
+    sa.Column("upstream", Id, primary_key=True, autoincrement=False),
+    sa.Column("downstream", Id, primary_key=True, autoincrement=False),
+    sa.Column("condition", sa.Text, nullable=False, comment="ok, any or failed"),
+    sa.Column("satisfied", sa.Boolean, nullable=False),
+    postgresql_with={"fillfactor": 85},
+)
+sa.Index("ix_aque_edge_downstream", edge.c.downstream)
+
+result = sa.Table(
+    "aque_result",
+    metadata,
+    sa.Column("task_id", Id, primary_key=True, autoincrement=False),
+    sa.Column("value", sa.LargeBinary, comment="JSON; no row at all: null"),
+    sa.Column("error", sa.LargeBinary, comment="JSON object: type, message, traceback"),
+)
+
+attempt = sa.Table(
+    "aque_attempt",
+    metadata,
+    sa.Column("task_id", Id, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("worker_id", Id),
+    sa.Column("state", sa.Text, nullable=False, comment="how it ended"),
+    sa.Column("reason", sa.Text),
+    sa.Column("exit_code", sa.Integer),
+    sa.Column("signal", sa.Integer),
+    sa.Column("started_at", sa.Double),
+    sa.Column("finished_at", sa.Double),
+    comment="attempts that another one followed; the latest is in the task's own row",
+)
+
+output = sa.Table(
+    "aque_output",
+    metadata,
+    sa.Column("task_id", Id, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("fd", sa.Integer, primary_key=True, autoincrement=False, comment="1: stdout, 2: stderr"),
+    sa.Column(
+        "offset", sa.BigInteger, primary_key=True, autoincrement=False, comment="of the first byte in the stream"
+    ),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+
+worker = sa.Table(
+    "aque_worker",
+    metadata,
+    sa.Column("id", Id, primary_key=True, autoincrement=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, comment="live, stopped or lost"),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("pid_started", sa.Double, nullable=False),
+    sa.Column("boot_id", sa.Text, nullable=False),
+    sa.Column("cpus", sa.Text, nullable=False, comment="a fraction"),
+    sa.Column("memory_bytes", sa.BigInteger, nullable=False),
+    sa.Column("python_slots", sa.Integer, nullable=False),
+    sa.Column("command_slots", sa.Integer, nullable=False),
+    sa.Column("queues", sa.Text, nullable=False, comment="JSON list"),
+    sa.Column("platform", sa.Text, nullable=False),
+    sa.Column("version", sa.Text, nullable=False),
+    sa.Column("started_at", sa.Double, nullable=False),
+    sa.Column("seen_at", sa.Double, nullable=False),
+    sa.Column("lease_seconds", sa.Double, nullable=False),
+    sa.Column("lease_until", sa.Double, nullable=False, comment="on the lease clock, see engine.lease_clock"),
+)

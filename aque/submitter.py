@@ -1,0 +1,240 @@
+"""submit: what people ask for, as task rows, in one transaction; then a ring."""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from getpass import getuser
+from typing import TypeVar
+
+from aque import doorbell
+from aque.errors import BadInput
+from aque.resources import CpuRequest, parse_memory
+from aque.settings import Settings
+from aque.states import COMPLETE_STATES, READY_STATES, State
+from aque.store import Store, can_run_again
+from aque.values import Dependency, Pattern, Requirement, TaskSpec
+
+T = TypeVar("T")
+
+#: Variables that describe the task or the process they are found in, and would be wrong in another.
+_OWN_VARIABLES = (b"AQUE_TASK_ID", b"AQUE_TID", b"AQUE_ATTEMPT", b"AQUE_CPUS", b"AQUE_PARENT_ID", b"AQUE_BROKER", b"_")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be asked for any task, as people write it; `TaskSpec` holds it as the store does."""
+
+    name: str = ""
+    queue: str = ""  #: empty: the default queue
+    priority: int = 0  #: higher first
+    cpus: str | float = "1"  #: see `resources.CpuRequest`
+    memory: str | int = 0  #: bytes, or with a suffix
+    host: str = ""  #: comma-separated globs; `!glob` excludes
+    platform: str = ""  #: as `sys.platform`
+    duration: float = 0.0  #: expected seconds
+    io_paths: tuple[str | bytes, ...] = ()
+    time_limit: float | None = None  #: seconds
+    max_attempts: int = 1
+    layer: str = ""
+    dependencies: tuple[Dependency, ...] = ()
+    job_id: int | None = None
+    parent_id: int | None = None
+    seq: int = 0
+    celery_id: str | None = None
+
+
+class Submitter:
+    """Writes tasks to a store. `close` it, or let the process end."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+        self._user = _user()
+
+    def reserve(self, count: int) -> list[int]:
+        """Ids for tasks that are submitted later."""
+
+        def work() -> list[int]:
+            with self.store.connect() as connection:
+                return self.store.reserve_ids(connection, count)
+
+        return again(work)
+
+    def submit(self, specs: Sequence[TaskSpec]) -> dict[int, State]:
+        """All of these tasks or, with an error, none. Their first states."""
+
+        def work() -> dict[int, State]:
+            with self.store.connect() as connection:
+                self.store.intern(connection, specs)
+            with self.store.begin() as connection:
+                return self.store.submit(connection, specs)
+
+        states = again(work)
+        rung = set()
+        if any(state in READY_STATES for state in states.values()):
+            rung.add(doorbell.READY)
+        if any(state in COMPLETE_STATES for state in states.values()):
+            rung.add(doorbell.DONE)
+        if rung:
+            with self.store.connect() as connection:
+                doorbell.ring(connection, rung)
+        return states
+
+    def command(
+        self,
+        task_id: int,
+        argv: Sequence[str | bytes],
+        options: Options,
+        *,
+        stdin: bytes | None = None,
+        cwd: str | bytes | None = None,
+        env: Mapping[bytes, bytes] | None = None,
+    ) -> TaskSpec:
+        """A command as a task: the caller's environment, working directory and umask unless given."""
+        words = tuple(os.fsencode(word) for word in argv)
+        if not words or not words[0]:
+            raise BadInput("there is no command to run: give one, as in `aque submit -- gzip file`.")
+        if bad := [word for word in words if b"\0" in word]:
+            raise BadInput(
+                f"the word {bad[0][:40]!r} holds a NUL byte, which no command can be given. Nothing was submitted."
+            )
+        if stdin is not None and len(stdin) > self.settings.stdin_limit_bytes:
+            raise BadInput(
+                f"stdin has {len(stdin)} bytes, at most {self.settings.stdin_limit_bytes} are stored with a task "
+                "(setting stdin_limit_bytes). Nothing was submitted: let the command read a file."
+            )
+        spec = self._spec(task_id, options, Pattern.SHELL, os.fsdecode(os.path.basename(words[0]) or words[0]))
+        return replace(
+            spec,
+            argv=words,
+            stdin=stdin,
+            cwd=os.fsencode(cwd) if cwd is not None else os.getcwdb(),
+            umask=_umask(),
+            environment=_environment(os.environb if env is None else env),
+        )
+
+    def function(
+        self, task_id: int, function: str, name: str, arguments: bytes, inputs: Sequence[int], options: Options
+    ) -> TaskSpec:
+        """A function, given as "module:qualname", with its arguments as JSON of [args, kwargs]."""
+        spec = self._spec(task_id, options, Pattern.PYTHON, name)
+        return replace(
+            spec,
+            function=function,
+            arguments=arguments,
+            inputs=tuple(inputs),
+            cwd=os.getcwdb(),
+            umask=_umask(),
+            import_path=tuple(entry or os.getcwd() for entry in sys.path),
+        )
+
+    def group(self, task_id: int, options: Options) -> TaskSpec:
+        """A job: it ends when the tasks in `options.dependencies` have."""
+        return self._spec(task_id, options, Pattern.GROUP, "group")
+
+    def _spec(self, task_id: int, options: Options, pattern: Pattern, name: str) -> TaskSpec:
+        cpus = CpuRequest.parse(options.cpus).text
+        return TaskSpec(
+            id=task_id,
+            name=_text("name", options.name or name),
+            requirement=Requirement(
+                queue=_text("queue", options.queue or self.settings.default_queue),
+                pattern=pattern,
+                cpus=cpus,
+                memory_bytes=parse_memory(options.memory),
+                host=_text("host", options.host),
+                platform=_text("platform", options.platform),
+            ),
+            priority=_integer("priority", options.priority, -(1 << 31), (1 << 31) - 1),
+            duration=_seconds("duration", options.duration),
+            io_paths=tuple(os.fsencode(path) for path in options.io_paths),
+            dependencies=tuple(dict.fromkeys(options.dependencies)),
+            job_id=options.job_id,
+            parent_id=options.parent_id if options.parent_id is not None else self._parent(),
+            layer=_text("layer", options.layer),
+            seq=options.seq,
+            max_attempts=_integer("max_attempts", options.max_attempts, 1, 1000),
+            time_limit_seconds=None if options.time_limit is None else _seconds("time_limit", options.time_limit),
+            submitter=self._user,
+            celery_id=options.celery_id,
+        )
+
+    def _parent(self) -> int | None:
+        """The task that this process is part of, if it belongs to the same farm."""
+        task_id = os.environ.get("AQUE_TASK_ID", "")
+        same_farm = os.environ.get("AQUE_BROKER", "") == self.settings.to_url()
+        return int(task_id) if task_id.isdecimal() and same_farm else None
+
+
+def again(work: Callable[[], T], tries: int = 10) -> T:
+    """Run a transaction, and once more whenever the database took it back for the sake of another."""
+    for n in range(tries):
+        try:
+            return work()
+        except Exception as error:
+            if n == tries - 1 or not can_run_again(
+                error.__cause__ if isinstance(error.__cause__, Exception) else error
+            ):
+                raise
+            time.sleep(0.01 * (n + 1))
+    raise AssertionError
+
+
+def _environment(variables: Mapping[bytes, bytes]) -> bytes:
+    """NAME=VALUE, each ended by NUL, in order of name: equal environments are stored once."""
+    kept = sorted((name, value) for name, value in variables.items() if name not in _OWN_VARIABLES)
+    return b"".join(name + b"=" + value + b"\0" for name, value in kept)
+
+
+def _umask() -> int:
+    """This process's umask, without the moment of another one that asking os.umask would cost other threads."""
+    with open("/proc/self/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022
+
+
+def _user() -> str:
+    try:
+        return getuser()
+    except (KeyError, OSError):  # a uid without a name, as in many containers
+        return str(os.getuid())
+
+
+def _text(what: str, value: str) -> str:
+    if not isinstance(value, str) or "\0" in value or len(value) > 4096:
+        raise BadInput(f"{what} must be a text without NUL of at most 4096 characters, not {value!r:.60}.")
+    return value.encode(errors="backslashreplace").decode()
+
+
+def _integer(what: str, value: int, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise BadInput(f"{what} must be a whole number from {low} to {high}, not {value!r:.60}.")
+    return value
+
+
+def _seconds(what: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise BadInput(f"{what} must be a number of seconds, 0 or more, not {value!r:.60}.")
+    return float(value)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from `90`, `90s`, `5m`, `2h` or `1d`. Raises BadInput."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    try:
+        return _seconds("duration", float(number) * unit)
+    except ValueError:
+        raise BadInput(f"cannot read the duration {text!r}: write seconds, or 90s, 5m, 2h or 1d.") from None
+
+
+def depends_on(ids: Iterable[int], condition: str) -> tuple[Dependency, ...]:
+    """Edges from these tasks, with one condition for all."""
+    from aque.values import Condition
+
+    return tuple(Dependency(i, Condition(condition)) for i in ids)

@@ -1,0 +1,667 @@
+"""Supervise commands: each in a session of its own, bounded output, and no descendant left alive at its end.
+
+    worker ---- control socket ----> server ---- fork ----> supervisor ---- spawn ----> the command
+       \\------------------- channel, one per supervisor -------/
+
+Run by path, `python -I -S supervisor.py CONTROL_FD WORKER_PID`, so that it needs the standard library alone and starts
+as a fresh, single-threaded interpreter: forking it is safe and cheap, forking a worker full of threads is neither.
+
+The server forks a supervisor when the worker asks for one, and answers with the worker's end of the channel. A supervisor
+runs one command at a time; between two commands it has no child. It ends, and kills what it runs, when its channel closes or
+the worker's process ends. Should a supervisor itself be killed, the server inherits what it ran and kills that.
+
+Control socket, messages: worker to server, how many supervisors are wanted (`COUNT`); back, one message for each, a pid with
+the channel attached, or a negated errno with nothing attached (`PID`).
+Channel, frames of kind and length (`FRAME`), then the body:
+    to the supervisor   RUN     a marshalled dict, see `Supervisor.start`; `stdin_bytes` of stdin follow it unframed
+                        SIGNAL  number (`NUMBER`): to the command's process group
+                        KILL    number, seconds (`KILLING`): to the whole tree; what is left after the seconds gets SIGKILL
+    to the worker       STARTED pid (`NUMBER`) of the command
+                        STDOUT, STDERR  bytes as written, in order
+                        ENDED   a marshalled dict, see `Supervisor.report`
+                        BROKEN  text: the supervisor has failed, and has killed what it ran
+Marshal and not JSON: it carries bytes, costs no import, and both ends are one version of Python and trust each other.
+"""
+
+import ctypes
+import errno
+import gc
+import marshal
+import math
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+COUNT = struct.Struct("=I")
+PID = struct.Struct("=i")
+FRAME = struct.Struct("=cI")
+NUMBER = struct.Struct("=i")
+KILLING = struct.Struct("=id")
+RUN, SIGNAL, KILL = b"R", b"S", b"K"
+STARTED, STDOUT, STDERR, ENDED, BROKEN = b"P", b"1", b"2", b"E", b"!"
+
+#: How long output is still read after the command's end while a process that it left behind holds the pipe.
+DRAIN_SECONDS = 0.2
+#: Small writes wait this long for company: the start, output and end of a short command then wake the worker once.
+GATHER_SECONDS = 0.002
+READ_BYTES = 1 << 16
+#: With this much waiting for the worker, the command's pipes are no longer read: the command waits as well.
+PENDING_BYTES = 1 << 17
+
+PR_SET_CHILD_SUBREAPER = 36
+READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
+
+prctl: Callable[[int, int, int, int, int], int] = ctypes.CDLL(None).prctl
+
+
+class Gone(Exception):
+    """The channel closed, or the worker's process ended."""
+
+
+class Supervisor:
+    """One supervisor process. `worker` is a pidfd: a fork of the worker can hold a copy of the channel, so that its end of
+    file may never come."""
+
+    def __init__(self, channel: socket.socket, worker: int) -> None:
+        self.channel = channel
+        self.worker = worker
+        self.wakeup = catch_signals()
+        self.umask = os.umask(0o022)
+        os.umask(self.umask)
+        self.incoming = bytearray()
+        self.outgoing = bytearray()
+        self.poll = select.poll()
+        for fd in (channel.fileno(), worker, self.wakeup):
+            self.poll.register(fd, select.POLLIN)
+        self.terminated = False
+        signal.signal(signal.SIGTERM, self.on_terminate)
+        signal.signal(signal.SIGINT, self.on_terminate)
+        self.reset()
+
+    def reset(self) -> None:
+        #: The command's pid; 0: no command. Its wait status; None: it has not been reaped.
+        self.command = 0
+        self.status: int | None = None
+        self.has_children = False
+        #: Why the tree is being killed: "killed", "time_limit", or None.
+        self.why: str | None = None
+        #: When what is left gets SIGKILL.
+        self.kill_at = math.inf
+        self.flush_at = math.inf
+        self.grace_seconds = 0.0
+        #: Open pipe -> kind of its frames, bytes that may still be forwarded, bytes read.
+        self.streams: dict[int, bytes] = {}
+        self.room = {STDOUT: 0, STDERR: 0}
+        self.total = {STDOUT: 0, STDERR: 0}
+        #: Pipes that are not polled, because the worker does not keep up.
+        self.paused: set[int] = set()
+        self.cpu_seconds = 0.0
+        self.max_rss_bytes = 0
+        self.immortal: set[int] = set()
+
+    def on_terminate(self, number: int, _frame: object) -> None:
+        self.terminated = True
+
+    # The channel
+
+    def serve(self) -> None:
+        """Run commands until the worker is gone."""
+        while True:
+            kind, body = self.next_frame()
+            if kind == RUN:
+                spec = marshal.loads(body)
+                del body  # megabytes, perhaps
+                self.reset()
+                self.run(spec)
+                del spec
+                self.flush()
+                if self.has_children:  # immortal ones: their ends must not be taken for those of the next command
+                    raise Gone
+                self.terminated = False
+            # A signal for the last command that crossed its end: nobody is left to receive it.
+
+    def next_frame(self) -> tuple[bytes, bytes]:
+        while (frame := self.take_frame()) is None:
+            self.receive(wait=True)
+        return frame
+
+    def take_frame(self) -> tuple[bytes, bytes] | None:
+        if len(self.incoming) < FRAME.size:
+            return None
+        kind, length = FRAME.unpack_from(self.incoming)
+        if len(self.incoming) < FRAME.size + length:
+            return None
+        body = bytes(memoryview(self.incoming)[FRAME.size : FRAME.size + length])
+        del self.incoming[: FRAME.size + length]
+        return kind, body
+
+    def receive(self, wait: bool) -> None:
+        """Read what the worker has sent; with `wait`, at least one byte. Only for moments without a command."""
+        if wait and self.poll_idle():
+            raise Gone
+        try:
+            data = self.channel.recv(READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            raise Gone from None
+        if not data:
+            raise Gone
+        self.incoming += data
+
+    def poll_idle(self) -> bool:
+        """Wait for the channel; true if there is nothing more to wait for."""
+        for fd, _ in self.poll.poll():
+            if fd == self.worker:
+                return True
+            if fd == self.wakeup:
+                os.read(self.wakeup, 512)
+        return self.terminated
+
+    def send(self, kind: bytes, body: bytes) -> None:
+        if not self.outgoing:
+            self.flush_at = time.monotonic() + GATHER_SECONDS
+        self.outgoing += FRAME.pack(kind, len(body))
+        self.outgoing += body
+
+    def push(self) -> None:
+        """Send what the socket takes now."""
+        self.flush_at = math.inf
+        try:
+            while self.outgoing:
+                sent = self.channel.send(self.outgoing, socket.MSG_DONTWAIT)
+                del self.outgoing[:sent]
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            raise Gone from None
+
+    def flush(self) -> None:
+        """Send everything, however slowly the worker reads."""
+        self.push()
+        if self.outgoing:
+            waiting = select.poll()
+            waiting.register(self.channel, select.POLLOUT)
+            waiting.register(self.worker, select.POLLIN)
+            while self.outgoing:
+                if any(fd == self.worker for fd, _ in waiting.poll()):
+                    raise Gone
+                self.push()
+
+    # One command
+
+    def run(self, spec: dict[str, Any]) -> None:
+        """Run one command to the end of its whole tree, and report it."""
+        stdin = self.take_stdin(spec["stdin_bytes"])
+        try:
+            self.start(spec, stdin)
+        except OSError as error:
+            # Popen names the directory when it could not enter it, else the program; both may be equal, never the same.
+            at_cwd = error.filename is spec["cwd"]
+            self.report(
+                failed="cwd" if at_cwd else "exec", errno=error.errno, found=at_cwd or program(spec) is not None
+            )
+            return
+        finally:
+            if stdin is not None:
+                os.close(stdin)
+        self.send(STARTED, NUMBER.pack(self.command))
+        limit = spec["time_limit_seconds"]
+        del spec  # its environment is of no more use, and this process may live for days
+        self.watch(math.inf if limit is None else time.monotonic() + limit)
+        self.report()
+
+    def take_stdin(self, size: int) -> int | None:
+        """A descriptor to read the command's stdin from; None: this process's own, /dev/null.
+
+        A file in memory needs no pumping, and no room in this process.
+        """
+        if not size:
+            return None
+        memory = os.memfd_create("stdin", os.MFD_CLOEXEC)
+        while True:
+            part = self.incoming[:size]
+            del self.incoming[:size]
+            size -= len(part)
+            while part:
+                del part[: os.write(memory, part)]
+            if not size:
+                os.lseek(memory, 0, os.SEEK_SET)
+                return memory
+            self.receive(wait=True)
+
+    def start(self, spec: dict[str, Any], stdin: int | None) -> None:
+        """Start the command of `spec`: argv, env, cwd, umask (None: the worker's), stdin_bytes, output_limit_bytes,
+        time_limit_seconds (None: none), kill_grace_seconds. OSError if that is impossible."""
+        pipes: list[int] = []
+        try:
+            for _ in (STDOUT, STDERR):
+                pipes += os.pipe2(os.O_CLOEXEC)
+            try:
+                self.command = self.spawn(spec, spec["argv"], stdin, pipes[1], pipes[3])
+            except OSError as error:
+                script = program(spec)
+                if error.errno != errno.ENOEXEC or script is None:
+                    raise
+                # A script without a first line that names its interpreter: a shell's, as execvp has it.
+                argv = [b"/bin/sh", script, *spec["argv"][1:]]
+                self.command = self.spawn(spec, argv, stdin, pipes[1], pipes[3])
+        except BaseException:
+            for fd in pipes:
+                os.close(fd)
+            raise
+        os.close(pipes[1])
+        os.close(pipes[3])
+        self.has_children = True
+        self.grace_seconds = spec["kill_grace_seconds"]
+        self.streams = {pipes[0]: STDOUT, pipes[2]: STDERR}
+        self.room = dict.fromkeys(self.room, spec["output_limit_bytes"])
+        for fd in self.streams:
+            self.poll.register(fd, select.POLLIN)
+
+    def spawn(self, spec: dict[str, Any], argv: list[bytes], stdin: int | None, stdout: int, stderr: int) -> int:
+        """The pid of `argv`, started by vfork: as quick as posix_spawn, which on some builds of Python cannot setsid."""
+        try:
+            process = subprocess.Popen(
+                argv,
+                env=spec["env"],
+                cwd=spec["cwd"],
+                umask=self.umask if spec["umask"] is None else spec["umask"],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        except (ValueError, IndexError):  # a NUL byte, or no argv at all
+            raise OSError(errno.EINVAL, "Invalid argument", argv[0] if argv else None) from None
+        process.returncode = 0  # this process reaps by itself: else Popen would warn, and wait for a stranger one day
+        return process.pid
+
+    def watch(self, limit_at: float) -> None:
+        """Until nothing of the command lives and its output is read."""
+        channel = self.channel.fileno()
+        if self.incoming:
+            self.obey()
+        while self.has_children:
+            now = time.monotonic()
+            if self.flush_at <= now:
+                self.push()
+            if limit_at <= now:
+                limit_at = math.inf
+                if self.status is None:
+                    self.kill(signal.SIGTERM, self.grace_seconds, "time_limit")
+            if self.terminated:
+                self.terminated = False
+                self.kill(signal.SIGTERM, self.grace_seconds, "killed")
+            if self.kill_at <= now:
+                self.leave_nothing()
+                break
+            self.balance(channel)
+            due = min(self.flush_at, limit_at, self.kill_at)
+            for fd, event in self.poll.poll(None if due == math.inf else max(0, math.ceil((due - now) * 1000))):
+                if fd in self.streams:
+                    self.relay(fd, event)
+                elif fd == self.wakeup:
+                    os.read(fd, 512)
+                    self.reap()
+                elif fd == self.worker:
+                    raise Gone
+                elif event & READABLE:
+                    self.receive(wait=False)
+                    self.obey()
+                else:
+                    self.push()
+        self.resume(channel)
+        while self.streams and (ready := self.poll_streams()):
+            for fd, event in ready:
+                self.relay(fd, event)
+        for fd in list(self.streams):
+            self.close(fd)
+
+    def balance(self, channel: int) -> None:
+        """Back-pressure: read the command's pipes only while the worker keeps up, except what is dropped anyway."""
+        if len(self.outgoing) >= PENDING_BYTES:
+            self.push()
+        behind = len(self.outgoing) >= PENDING_BYTES
+        if behind and not self.paused:
+            self.poll.modify(channel, select.POLLIN | select.POLLOUT)
+        if behind:
+            for fd, kind in self.streams.items():
+                if self.room[kind] and fd not in self.paused:
+                    # Not modify to no events: the end of the pipe would be reported all the same, and with it data lost.
+                    self.poll.unregister(fd)
+                    self.paused.add(fd)
+        elif self.paused:
+            self.resume(channel)
+
+    def resume(self, channel: int) -> None:
+        self.poll.modify(channel, select.POLLIN)
+        for fd in self.paused:
+            self.poll.register(fd, select.POLLIN)
+        self.paused.clear()
+
+    def poll_streams(self) -> list[tuple[int, int]]:
+        """The pipes with something in them now."""
+        streams = select.poll()
+        for fd in self.streams:
+            streams.register(fd, select.POLLIN)
+        return streams.poll(0)
+
+    def relay(self, fd: int, event: int) -> None:
+        kind = self.streams[fd]
+        data = os.read(fd, READ_BYTES) if event & select.POLLIN else b""
+        if not data:
+            self.close(fd)
+            return
+        self.total[kind] += len(data)
+        if room := self.room[kind]:
+            self.send(kind, data[:room])
+            self.room[kind] = max(0, room - len(data))
+
+    def close(self, fd: int) -> None:
+        if fd in self.paused:
+            self.paused.discard(fd)
+        else:
+            self.poll.unregister(fd)
+        os.close(fd)
+        del self.streams[fd]
+        self.hasten()
+
+    def obey(self) -> None:
+        while (frame := self.take_frame()) is not None:
+            kind, body = frame
+            if kind == KILL:
+                number, seconds = KILLING.unpack(body)
+                self.kill(number, seconds, "killed")
+            elif kind == SIGNAL and self.status is None:
+                try:
+                    os.killpg(self.command, NUMBER.unpack(body)[0])
+                except OSError:
+                    pass  # not ours any more (a setuid program), or not a signal
+
+    # The tree
+
+    def kill(self, number: int, grace_seconds: float, why: str) -> None:
+        """Signal the whole tree, and SIGKILL it when the grace is over. A later, shorter grace wins."""
+        if self.status is None and self.why is None:
+            self.why = why
+        for pid in descendants(os.getpid()):
+            send_signal(pid, number)
+        now = time.monotonic()
+        self.kill_at = min(self.kill_at, now if number == signal.SIGKILL else now + grace_seconds)
+
+    def reap(self) -> None:
+        """Collect all that has ended; orphans of the tree are children of this process."""
+        while True:
+            try:
+                pid, status, used = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.has_children = False
+                return
+            if not pid:
+                return
+            self.cpu_seconds += used.ru_utime + used.ru_stime
+            self.max_rss_bytes = max(self.max_rss_bytes, used.ru_maxrss * 1024)
+            if pid == self.command:
+                self.status = status
+                self.hasten()
+
+    def hasten(self) -> None:
+        """The command has ended by itself: what it left behind dies once the output is read, or after a short drain."""
+        if self.status is not None and self.why is None:
+            self.kill_at = min(self.kill_at, time.monotonic() + (DRAIN_SECONDS if self.streams else 0))
+
+    def leave_nothing(self) -> None:
+        """SIGKILL every descendant until there is none; except what the kernel does not let this user signal."""
+        pause = 0.005
+        self.reap()
+        while self.has_children:
+            # At once again while new ones appear: a tree that forks is outrun, or at least kept busy dying.
+            seen: set[int] = set()
+            for _ in range(100):
+                new = [pid for pid in descendants(os.getpid()) if pid not in seen]
+                if not new:
+                    break
+                seen.update(new)
+                self.immortal.update(pid for pid in new if not send_signal(pid, signal.SIGKILL))
+            self.reap()
+            self.immortal &= seen
+            if seen and seen == self.immortal:
+                return
+            if self.has_children:
+                waiting = select.poll()
+                waiting.register(self.wakeup, select.POLLIN)
+                if waiting.poll(pause * 1000):
+                    os.read(self.wakeup, 512)
+                pause = min(pause * 1.5, 1.0)
+                self.reap()
+
+    def report(self, failed: str | None = None, errno: int | None = None, found: bool = True) -> None:
+        """Tell the worker of the end. `failed`: "cwd" or "exec", with the errno and whether there is such a program."""
+        self.send(
+            ENDED,
+            marshal.dumps(
+                {
+                    "status": self.status,
+                    "why": self.why,
+                    "failed": failed,
+                    "errno": errno,
+                    "found": found,
+                    "stdout_bytes": self.total[STDOUT],
+                    "stderr_bytes": self.total[STDERR],
+                    "cpu_seconds": self.cpu_seconds,
+                    "max_rss_bytes": self.max_rss_bytes,
+                    "immortal": sorted(self.immortal),
+                }
+            ),
+        )
+        self.command = 0
+
+
+def program(spec: dict[str, Any]) -> bytes | None:
+    """The file that argv[0] means in the command's PATH and directory, or None."""
+    name = spec["argv"][0] if spec["argv"] else b""
+    folders = [b""] if b"/" in name else [os.fsencode(folder) for folder in os.get_exec_path(spec["env"])]
+    for folder in folders if name else []:
+        path = os.path.join(spec["cwd"], folder, name)
+        if os.path.isfile(path):
+            return path
+    return None
+
+
+def children(pid: int) -> list[int]:
+    """The children of all threads of `pid`, by the kernel's own lists."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass  # it ended meanwhile: its children are someone else's now, and the next look finds them
+    return found
+
+
+def children_of_all() -> dict[int, list[int]]:
+    """Parent -> children, of every process: for kernels without lists of children (CONFIG_PROC_CHILDREN)."""
+    found: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    # The command's name is in parentheses and may hold anything, parentheses and spaces too.
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            found.setdefault(parent, []).append(int(name))
+    return found
+
+
+HAS_LISTS = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
+
+def descendants(ancestor: int, except_for: set[int] | None = None) -> list[int]:
+    """Every descendant of `ancestor`, parents first, without the children `except_for` and theirs; zombies too."""
+    everyone = {} if HAS_LISTS else children_of_all()
+    found: list[int] = []
+    level = [ancestor]
+    while level:
+        parents, level = level, []
+        for parent in parents:
+            level += children(parent) if HAS_LISTS else everyone.get(parent, [])
+        if except_for:
+            level = [pid for pid in level if pid not in except_for]
+        found += level
+    return found
+
+
+def send_signal(pid: int, number: int) -> bool:
+    """False if the kernel does not allow it."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        return False
+    except OSError:
+        pass  # not a signal
+    return True
+
+
+def catch_signals() -> int:
+    """A pipe that becomes readable with every SIGCHLD, SIGTERM and SIGINT."""
+    readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    return readable
+
+
+class Server:
+    """Forks supervisors, and kills what a killed supervisor leaves behind."""
+
+    def __init__(self, control: socket.socket, worker: int) -> None:
+        self.control = control
+        self.worker = worker
+        self.supervisors: set[int] = set()
+        self.wakeup = catch_signals()
+
+    def serve(self) -> None:
+        """Until the worker is gone, and all supervisors after it."""
+        poll = select.poll()
+        for fd in (self.control.fileno(), self.worker, self.wakeup):
+            poll.register(fd, select.POLLIN)
+        strangers = False
+        while True:
+            for fd, _ in poll.poll(20 if strangers else None):
+                if fd == self.wakeup:
+                    os.read(fd, 512)
+                elif fd == self.worker or not self.answer():
+                    for gone in (self.control.fileno(), self.worker):
+                        poll.unregister(gone)
+                    self.control.close()
+                    break
+            strangers = self.reap()
+            if self.control.fileno() < 0 and not self.supervisors and not strangers:
+                return
+
+    def answer(self) -> bool:
+        """Fork what the worker asks for; false if it is gone."""
+        try:
+            message = self.control.recv(COUNT.size)
+            if not message:
+                return False
+            for _ in range(COUNT.unpack(message)[0]):
+                try:
+                    pid, channel = self.fork()
+                except OSError as error:
+                    self.control.send(PID.pack(-(error.errno or errno.EAGAIN)))
+                    continue
+                with channel:
+                    fds = struct.pack("i", channel.fileno())
+                    self.control.sendmsg([PID.pack(pid)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        except ConnectionError:
+            return False
+        return True
+
+    def fork(self) -> tuple[int, socket.socket]:
+        # The pair is made here and not in the worker: a fork of the worker must never hold the supervisor's end.
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if not pid:
+                ours.close()
+                self.become_supervisor(theirs)
+        self.supervisors.add(pid)
+        return pid, ours
+
+    def become_supervisor(self, channel: socket.socket) -> NoReturn:
+        code = 1
+        try:
+            self.control.close()
+            os.close(self.wakeup)
+            os.close(signal.set_wakeup_fd(-1))
+            # Not inherited by fork. Descendants that left the session, or lost their parents, come to this process.
+            prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            supervisor = Supervisor(channel, self.worker)
+            try:
+                supervisor.serve()
+            except Gone:
+                code = 0
+            except BaseException:
+                supervisor.outgoing.clear()
+                supervisor.send(BROKEN, traceback.format_exc().encode())
+                supervisor.push()
+            supervisor.leave_nothing()
+        finally:
+            # No clean-up of what belongs to the server; and never back into its loop.
+            os._exit(code)
+
+    def reap(self) -> bool:
+        """Collect the dead; true while children are left that are no supervisors."""
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if not pid:
+                break
+            self.supervisors.discard(pid)
+        strangers = descendants(os.getpid(), except_for=self.supervisors)
+        for pid in strangers:
+            send_signal(pid, signal.SIGKILL)
+        return bool(strangers)
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    worker_pid = int(sys.argv[2])
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)  # what the worker ignores, commands must not
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Popen gives commands the default again
+    # The server goes when its worker goes. If a stop of the whole service signalled it, nobody would kill for the supervisors.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open("/proc/self/comm", "w") as comm:
+        comm.write("aque-superv")  # and not aque-worker: `killall aque-worker` is for workers
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    worker = os.pidfd_open(worker_pid)
+    if os.getppid() != worker_pid:
+        return  # it ended already, and the pid may be another's
+    gc.freeze()  # a collection in a fork would touch, and so copy, all that it shares with the server
+    Server(control, worker).serve()
+
+
+if __name__ == "__main__":
+    main()

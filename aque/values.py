@@ -1,0 +1,155 @@
+"""One task at four moments: as submitted, as ready, as claimed, and its outcome. Frozen; no behaviour."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from aque.states import Reason, State
+
+
+class Pattern(StrEnum):
+    """How a task runs."""
+
+    SHELL = "shell"  #: a command
+    PYTHON = "python"  #: a function, in the worker's process pool
+    GROUP = "group"  #: nothing of its own: it ends when its members have
+
+
+class Condition(StrEnum):
+    """What a dependency must have done for the dependent to start."""
+
+    OK = "ok"  #: succeeded
+    ANY = "any"  #: completed, however
+    FAILED = "failed"  #: completed in any other state than success
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """One edge into a task."""
+
+    upstream: int
+    condition: Condition = Condition.OK
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What a task needs of a worker: tasks with equal requirements form a requirement class, claimed together."""
+
+    queue: str
+    pattern: Pattern
+    cpus: str = "1"  #: as requested; see `resources.CpuRequest`
+    memory_bytes: int = 0
+    host: str = ""  #: comma-separated globs, `!` excludes; empty: any host
+    platform: str = ""  #: as `sys.platform`; empty: any
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """A task as submitted. `id` comes from the store (`reserve_ids`), before anything is written."""
+
+    id: int
+    name: str
+    requirement: Requirement
+    priority: int = 0  #: higher first
+    duration: float = 0.0  #: expected seconds; 0: unknown
+    function: str = ""  #: PYTHON: "module:qualname"
+    arguments: bytes = b""  #: PYTHON: JSON of [args, kwargs]
+    inputs: tuple[int, ...] = ()  #: PYTHON: tasks whose results the arguments name
+    argv: tuple[bytes, ...] = ()  #: SHELL
+    stdin: bytes | None = None  #: SHELL; None: /dev/null
+    cwd: bytes = b"/"
+    umask: int = 0o022
+    environment: bytes = b""  #: SHELL: NAME=VALUE, each ended by NUL
+    import_path: tuple[str, ...] = ()  #: PYTHON: the submitter's, for the message when the import fails on a worker
+    io_paths: tuple[bytes, ...] = ()
+    dependencies: tuple[Dependency, ...] = ()
+    job_id: int | None = None  #: None: its own job
+    parent_id: int | None = None
+    layer: str = ""  #: display label; empty: the name
+    seq: int = 0  #: position within the job
+    max_attempts: int = 1
+    time_limit_seconds: float | None = None
+    submitter: str = ""
+    celery_id: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyTask:
+    """A task that may be claimed, with what the choice needs."""
+
+    id: int
+    class_id: int
+    priority: int
+    duration: float
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedTask:
+    """A task that this worker owns until it finishes, gives back or loses it: everything that running it needs.
+
+    `(id, attempt, token)` is the claim: every write about the task carries it.
+    """
+
+    id: int
+    attempt: int
+    token: int
+    class_id: int
+    name: str
+    pattern: Pattern
+    queue: str
+    priority: int
+    function: str
+    arguments: bytes
+    inputs: tuple[int, ...]
+    argv: tuple[bytes, ...]
+    stdin: bytes | None
+    cwd: bytes
+    umask: int
+    environment: bytes
+    import_path: tuple[str, ...]
+    parent_id: int | None
+    job_id: int
+    celery_id: str | None
+    max_attempts: int
+    time_limit_seconds: float | None
+    #: results of `inputs`, as stored
+    results: Mapping[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended. `value` and `error` are encoded JSON, already within the result limit."""
+
+    id: int
+    attempt: int
+    token: int
+    state: State
+    reason: Reason | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    ran_seconds: float = 0.0
+    value: bytes | None = None
+    error: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker process: what it is and what it has. `id` is one incarnation; a restart is a new worker."""
+
+    id: int
+    name: str
+    host: str
+    pid: int
+    pid_started: float  #: seconds since 1970; with `pid` and `boot_id` it names one process for ever
+    boot_id: str
+    cpus: str  #: a fraction such as "2" or "3/2"
+    memory_bytes: int
+    python_slots: int
+    command_slots: int
+    queues: tuple[str, ...]
+    platform: str
+    version: str
+    lease_seconds: float

@@ -1,0 +1,71 @@
+"""wait: for tasks to complete, woken by the doorbell; many tasks cost one query, not one each."""
+
+import select
+import time
+from collections.abc import Iterable, Iterator
+
+from aque.doorbell import DONE, Doorbell
+from aque.states import State
+from aque.store import Store
+
+#: A lost ring costs at most this many seconds.
+SAFETY_SECONDS = 1.0
+#: Only so many tasks are asked for at once: of 100,000 that are waited for, few can have ended since the last look.
+WINDOW = 1000
+
+
+class Waiter:
+    """Waits for tasks of one store. Not for several threads at once; `close` it after use."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._bell: Doorbell | None = None
+
+    def wait(self, ids: Iterable[int], timeout: float | None = None) -> Iterator[dict[int, State]]:
+        """Yield the tasks that have completed since the last time, until none is left or `timeout` seconds are over.
+
+        May yield an empty dictionary now and then, so that the caller can look at something else.
+        """
+        left = dict.fromkeys(ids)
+        end = None if timeout is None else time.monotonic() + timeout
+        self._listen()
+        while left:
+            began = time.monotonic()
+            with self._store.connect() as connection:
+                done: dict[int, State] = {}
+                window = list(left)[:WINDOW]
+                while window:
+                    found = self._store.completed(connection, window)
+                    done |= found
+                    for task_id in found:
+                        del left[task_id]
+                    # All of a window ended: so may have many of the next.
+                    window = list(left)[:WINDOW] if len(found) == len(window) else []
+            yield done
+            if not left or (end is not None and time.monotonic() >= end):
+                return
+            # With many to wait for, a look costs something: spend at most a third of the time on looking.
+            self._sleep(pause=2 * (time.monotonic() - began) if len(left) > 1 else 0.0, end=end)
+
+    def _listen(self) -> None:
+        if self._bell is None:
+            self._bell = Doorbell(self._store.engine, [DONE])
+
+    def _sleep(self, pause: float, end: float | None) -> None:
+        if pause:
+            select.select([], [], [], min(pause, SAFETY_SECONDS))
+        wait = SAFETY_SECONDS if end is None else max(0.0, min(SAFETY_SECONDS, end - time.monotonic()))
+        assert self._bell is not None
+        try:
+            self._bell.wait(wait)
+        except ConnectionResetError:
+            self._bell.close()
+            self._bell = None
+            with self._store.connect():  # raises StoreUnreachable if it stays away
+                self._listen()
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None

@@ -1,0 +1,96 @@
+"""Fixtures: private servers, an address for every kind of store, a clean environment."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from tests.servers import MissingBinary, PostgreSQL, Redis, Server
+
+AnyServer = TypeVar("AnyServer", bound=Server)
+
+#: Variables that would send a test to somebody's own farm, broker or database.
+FOREIGN = ("AQUE_", "CELERY_", "PG")
+
+for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+    del os.environ[name]  # also for the code that tests call in this process
+
+
+def start(server: type[AnyServer]) -> AnyServer:
+    """A new server; where its program is not installed a laptop skips the test and continuous integration fails it."""
+    try:
+        return server()
+    except MissingBinary as missing:
+        if os.environ.get("CI", "").lower() in {"1", "true"}:
+            pytest.fail(f"{missing} With CI=true nothing is skipped for a missing program.", pytrace=False)
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[PostgreSQL]:
+    """One PostgreSQL for the whole run: do not stop it, ask for `own_postgresql` instead."""
+    with start(PostgreSQL) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql_url(postgresql_server: PostgreSQL) -> str:
+    """The database `postgres` of the run's server; tests that write take `fresh_postgresql_url`."""
+    return postgresql_server.url
+
+
+@pytest.fixture
+def fresh_postgresql_url(postgresql_server: PostgreSQL) -> Iterator[str]:
+    """A new, empty database, dropped after the test."""
+    with postgresql_server.database() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """One Redis for the whole run: tests share what is in it, and do not stop it."""
+    with start(Redis) as server:
+        yield server.url
+
+
+@pytest.fixture
+def own_postgresql() -> Iterator[PostgreSQL]:
+    """A PostgreSQL of the test's own, to stop, pause and kill."""
+    with start(PostgreSQL) as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis() -> Iterator[Redis]:
+    """A Redis of the test's own, to stop, pause and kill."""
+    with start(Redis) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new, empty place for a store, as AQUE_BROKER names it: the test runs once on each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'aque.db'}"
+    return str(request.getfixturevalue("fresh_postgresql_url"))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment for the processes of one test: no settings of the developer's, directories of the test's own."""
+    # A socket's path has at most 108 bytes, and tmp_path (or TMPDIR) may use them up.
+    base = tempfile.gettempdir()
+    runtime = tempfile.mkdtemp(prefix="aque-", dir=base if len(base) < 50 else "/tmp")
+    yield {
+        **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "AQUE_STATE_DIR": str(tmp_path / "state"),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "XDG_RUNTIME_DIR": runtime,
+    }
+    shutil.rmtree(runtime, ignore_errors=True)
