@@ -5,8 +5,7 @@ from signal import Signals
 
 from aque import doorbell
 from aque.errors import BadInput
-from aque.store import Killed, Store
-from aque.submitter import again
+from aque.store import Killed, Store, again
 
 
 def kill(store: Store, ids: Iterable[int], signal: int) -> Killed:

@@ -3,21 +3,17 @@
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from getpass import getuser
-from typing import TypeVar
 
 from aque import doorbell
 from aque.errors import BadInput
 from aque.resources import CpuRequest, parse_memory
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, READY_STATES, State
-from aque.store import Store, can_run_again
+from aque.store import Store, again
 from aque.values import Dependency, Pattern, Requirement, TaskSpec
-
-T = TypeVar("T")
 
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
 _OWN_VARIABLES = (b"AQUE_TASK_ID", b"AQUE_TID", b"AQUE_ATTEMPT", b"AQUE_CPUS", b"AQUE_PARENT_ID", b"AQUE_BROKER", b"_")
@@ -169,20 +165,6 @@ class Submitter:
         return int(task_id) if task_id.isdecimal() and same_farm else None
 
 
-def again(work: Callable[[], T], tries: int = 10) -> T:
-    """Run a transaction, and once more whenever the database took it back for the sake of another."""
-    for n in range(tries):
-        try:
-            return work()
-        except Exception as error:
-            if n == tries - 1 or not can_run_again(
-                error.__cause__ if isinstance(error.__cause__, Exception) else error
-            ):
-                raise
-            time.sleep(0.01 * (n + 1))
-    raise AssertionError
-
-
 def _environment(variables: Mapping[bytes, bytes]) -> bytes:
     """NAME=VALUE, each ended by NUL, in order of name: equal environments are stored once."""
     kept = sorted((name, value) for name, value in variables.items() if name not in _OWN_VARIABLES)
@@ -221,20 +203,3 @@ def _seconds(what: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise BadInput(f"{what} must be a number of seconds, 0 or more, not {value!r:.60}.")
     return float(value)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds from `90`, `90s`, `5m`, `2h` or `1d`. Raises BadInput."""
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    try:
-        return _seconds("duration", float(number) * unit)
-    except ValueError:
-        raise BadInput(f"cannot read the duration {text!r}: write seconds, or 90s, 5m, 2h or 1d.") from None
-
-
-def depends_on(ids: Iterable[int], condition: str) -> tuple[Dependency, ...]:
-    """Edges from these tasks, with one condition for all."""
-    from aque.values import Condition
-
-    return tuple(Dependency(i, Condition(condition)) for i in ids)

@@ -3,16 +3,18 @@
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
 from aque.errors import BadStateDirectory, StoreUnreachable
+
+T = TypeVar("T")
 
 #: SQLSTATEs after which the same transaction may simply be run again: serialization failure, deadlock.
 RETRY_STATES = frozenset({"40001", "40P01"})
@@ -164,6 +166,20 @@ def can_run_again(error: Exception) -> bool:
     if not isinstance(error, sa.exc.DBAPIError):
         return False
     return sqlstate(error) in RETRY_STATES or "database is locked" in str(error.orig)
+
+
+def again(work: Callable[[], T], tries: int = 10) -> T:
+    """Run a transaction, and once more whenever the database took it back for the sake of another."""
+    for n in range(tries):
+        try:
+            return work()
+        except Exception as error:
+            if n == tries - 1 or not can_run_again(
+                error.__cause__ if isinstance(error.__cause__, Exception) else error
+            ):
+                raise
+            time.sleep(0.01 * (n + 1))
+    raise AssertionError
 
 
 @contextmanager
