@@ -28,6 +28,9 @@ WARM = 2
 IDLE_SECONDS = 10.0
 #: A server that dies this often in a row without an answer is not started again for the commands that wait for it.
 SERVER_STARTS = 3
+#: A start can hang in the kernel (a working directory or program on a dead mount). If it does so for this long after the
+#: grace of a kill, the supervisor is given up: it waits in the kernel as well, and reads nothing.
+START_SECONDS = 2.0
 RECEIVE_BYTES = 1 << 18
 
 
@@ -85,6 +88,7 @@ class Running:
     __slots__ = (
         "_channel",
         "_done",
+        "_killed",
         "_runner",
         "_unsent",
         "command",
@@ -111,6 +115,7 @@ class Running:
         #: For a supervisor that is still to come: the spec, stdin, then signals.
         self._unsent: list[bytes] = []
         self._done = False
+        self._killed = False
 
     def signal(self, number: int) -> None:
         """Deliver a signal to the command's process group. Nothing ends but by its own doing."""
@@ -184,6 +189,8 @@ class CommandRunner:
         #: The last used is used next, so that the others can go.
         self._idle: list[_Channel] = []
         self._waiting: deque[Running] = deque()
+        #: Commands that were killed before they had started, and when to look whether they still have not.
+        self._starting: list[tuple[float, Running]] = []
         #: Work for the thread: unsent channels, and ends without a supervisor.
         self._posted: deque[Callable[[], object]] = deque()
 
@@ -250,10 +257,10 @@ class CommandRunner:
         return not self._waiting and not self._posted and all(channel.running is None for channel in self._channels)
 
     def _start_server(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
         self._starts += 1
         self._asked = 0
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, "-I", "-S", supervisor.__file__, str(theirs.fileno()), str(os.getpid())],
@@ -275,7 +282,7 @@ class CommandRunner:
             self._post(self._revive)
         elif wanted > self._asked:
             try:
-                self._control.send(supervisor.COUNT.pack(wanted - self._asked))
+                self._control.send(supervisor.ORDER.pack(supervisor.FORK, wanted - self._asked))
                 self._asked = wanted
             except OSError:
                 pass  # full: asked again with the next answer; or gone: with the next start of the server
@@ -321,6 +328,11 @@ class CommandRunner:
                 return
             if running._channel is not None:
                 self._send(running._channel, frame)
+                if kind == supervisor.KILL and running.pid is None:
+                    running._killed = True
+                    seconds = supervisor.KILLING.unpack(body)[1] + START_SECONDS
+                    self._starting.append((time.monotonic() + seconds, running))
+                    self._post(lambda: None)  # it waits for what is due next
             elif kind == supervisor.KILL:
                 running._done = True
                 self._waiting.remove(running)
@@ -334,7 +346,7 @@ class CommandRunner:
     def _loop(self) -> None:
         while self._wakeup >= 0:
             try:
-                for key, events in self._selector.select(self._retire()):
+                for key, events in self._selector.select(self._do_due()):
                     key.data(events)
                 while self._posted:
                     self._posted.popleft()()
@@ -343,18 +355,25 @@ class CommandRunner:
             except Exception:
                 logger.exception("the command runner goes on after an error of its own: please report it.")
 
-    def _retire(self) -> float | None:
-        """End supervisors that are idle for long; return the seconds until the next one may be."""
-        while True:
-            with self._lock:
-                if len(self._idle) <= WARM:
-                    return None
-                channel = self._idle[0]
-                seconds = channel.idle_since + IDLE_SECONDS - time.monotonic()
-                if seconds > 0:
-                    return seconds
-                self._release(channel)
+    def _do_due(self) -> float | None:
+        """End supervisors that are idle for long, and those that hang; return the seconds until there is more to do."""
+        now = time.monotonic()
+        expired: list[_Channel] = []
+        with self._lock:
+            for due, running in [late for late in self._starting if late[0] <= now]:
+                self._starting.remove((due, running))
+                if running.pid is None and not running._done and running._channel and self._control:
+                    with suppress(OSError):
+                        self._control.send(supervisor.ORDER.pack(supervisor.ABANDON, running._channel.pid))
+            while len(self._idle) > WARM and self._idle[0].idle_since + IDLE_SECONDS <= now:
+                expired.append(self._idle[0])
+                self._release(self._idle[0])
+            due_times = [due for due, _ in self._starting]
+            if len(self._idle) > WARM:
+                due_times.append(self._idle[0].idle_since + IDLE_SECONDS)
+        for channel in expired:
             self._disconnect(channel)
+        return min(max(0.0, min(due_times) - now), supervisor.LONGEST_WAIT_SECONDS) if due_times else None
 
     def _watch(self, channel: _Channel, events: int) -> None:
         if channel in self._channels:
@@ -371,7 +390,7 @@ class CommandRunner:
         control = self._control
         while control is not None:
             try:
-                message, fds, _, _ = socket.recv_fds(control, supervisor.PID.size, 1, socket.MSG_CMSG_CLOEXEC)
+                message, fds, _, _ = socket.recv_fds(control, supervisor.NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
             except OSError:
@@ -379,7 +398,7 @@ class CommandRunner:
             if not message:
                 self._on_server_lost(control)
                 return
-            (pid,) = supervisor.PID.unpack(message)
+            (pid,) = supervisor.NUMBER.unpack(message)
             refused: Running | None = None
             with self._lock:
                 self._starts = 0
@@ -414,25 +433,33 @@ class CommandRunner:
         if self._server is not None:
             self._server.kill()
             self._server.wait()
-        refused: list[Running] = []
         with self._lock:
             self._control = None
-            if self._starts >= SERVER_STARTS:
-                self._starts = 0
-                refused.extend(self._waiting)
-                self._waiting.clear()
-                for running in refused:
-                    running._done = True
-            elif self._waiting:
-                self._post(self._revive)
-        for running in refused:
-            self._refuse(running, None)
+            given_up = self._starts >= SERVER_STARTS
+        if given_up:
+            self._starts = 0
+            self._refuse_all(None)
+        else:
+            self._revive()
 
     def _revive(self) -> None:
+        """Start another server, if somebody waits for it."""
+        try:
+            with self._lock:
+                if self._control is None and self._waiting:
+                    self._start_server()
+                    self._ask(len(self._waiting))
+        except OSError as error:
+            self._refuse_all(error.errno)
+
+    def _refuse_all(self, code: int | None) -> None:
         with self._lock:
-            if self._control is None and self._waiting:
-                self._start_server()
-                self._ask(len(self._waiting))
+            refused = list(self._waiting)
+            self._waiting.clear()
+            for running in refused:
+                running._done = True
+        for running in refused:
+            self._refuse(running, code)
 
     def _on_channel(self, channel: _Channel, events: int) -> None:
         if events & selectors.EVENT_WRITE:
@@ -541,10 +568,13 @@ def _frames(command: Command) -> list[bytes]:
 
 
 def _lost(running: Running, channel: _Channel) -> Ended:
+    name = _name(running.command)
+    if running._killed and running.pid is None:
+        return Ended("killed", f"{name} was killed before it had started: its directory or program did not answer.")
     why = channel.broken.strip().rpartition("\n")[2] or "it was killed, or the runner was stopped"
     return Ended(
         "lost",
-        f"the supervisor of {_name(running.command)} ended ({why}): how the command ended is not known.",
+        f"the supervisor of {name} ended ({why}): how the command ended is not known.",
         stdout_bytes=running.written[1],
         stderr_bytes=running.written[2],
     )
@@ -581,7 +611,7 @@ def _reason(command: Command, report: dict[str, Any], code: int | None) -> tuple
             cwd = command.cwd.decode(errors="backslashreplace")
             return "cannot_enter_cwd", f"cannot enter the working directory {cwd!r}: {why}. {name} was not started."
         missing = report["errno"] in (errno.ENOENT, errno.ENOTDIR)
-        if not report["found"] and (missing or "/" not in name):
+        if not report["found"] and (missing or (report["errno"] == errno.EACCES and "/" not in name)):
             where = "there is no such file" if "/" in name else "it is in no directory of the command's PATH"
             return "not_found", f"cannot find {name}: {where}."
         if missing:

@@ -8,13 +8,16 @@ from aque.errors import BadInput
 from aque.store import Killed, Store, again
 
 
-def kill(store: Store, ids: Iterable[int], signal: int) -> Killed:
-    """Kill these tasks, and the members of those that are jobs. Raises UnknownTask, and then nothing was killed."""
+def kill(store: Store, ids: Iterable[int], signal: int, *, waiting_only: bool = False) -> Killed:
+    """Kill these tasks, and the members of those that are jobs; with `waiting_only`, what runs may go on.
+
+    Raises UnknownTask, and then nothing was killed.
+    """
     wanted = list(ids)
 
     def work() -> Killed:
         with store.begin() as connection:
-            return store.kill(connection, wanted, signal)
+            return store.kill(connection, wanted, signal, waiting_only)
 
     killed = again(work)
     with store.connect() as connection:

@@ -11,7 +11,7 @@ import stat
 import time
 import weakref
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -24,9 +24,6 @@ from aque.store import bells
 
 #: Rung by the task store: something is ready to be claimed; somebody asked for a kill; a task has its outcome.
 READY, KILL, DONE = "ready", "kill", "done"
-
-#: A socket's path has 108 bytes, the last of which is 0; ours end in "/", a token of 16, "." and a key of 16.
-_LONGEST_DIRECTORY = 107 - 34
 
 
 class Doorbell:
@@ -46,7 +43,10 @@ class Doorbell:
             raise
 
     def listen(self, names: Iterable[str]) -> None:
-        """Listen for these names too. Look at what they stand for once afterwards: it may have rung before."""
+        """Listen for these names too. Look at what they stand for once afterwards: it may have rung before.
+
+        ConnectionResetError as `drain`.
+        """
         self._line.listen(names)
 
     def fileno(self) -> int:
@@ -116,17 +116,24 @@ class _Notifications:
 
     def listen(self, names: Iterable[str]) -> None:
         new = {bells.channel(name): name for name in names}
-        bells.listen(self.connection, new.keys() - self._names.keys())
+        with self._may_break():
+            bells.listen(self.connection, new.keys() - self._names.keys())
         self._names |= new
 
     def drain(self) -> set[str]:
-        try:
+        with self._may_break():
             self.connection.poll()
-        except self._error as error:
-            raise ConnectionResetError(f"the connection that listens to PostgreSQL broke: {error}") from error
         rung = {self._names[notice.channel] for notice in self.connection.notifies if notice.channel in self._names}
         self.connection.notifies.clear()
         return rung
+
+    @contextmanager
+    def _may_break(self) -> Iterator[None]:
+        try:
+            yield
+        except self._error as error:
+            reason = str(error).partition("\n")[0]
+            raise ConnectionResetError(f"the connection that listens to PostgreSQL broke: {reason}") from error
 
     def close(self) -> None:
         if self.fileno >= 0:
@@ -159,18 +166,37 @@ class _Socket:
     reading the directory costs the one that rings).
     """
 
-    def __init__(self, database: Path) -> None:
-        self._directory = _own_directory(database)
-        self._token = token_hex(8)
-        self._paths: list[Path] = []
+    def __init__(self, database: str) -> None:
         self._names: set[str] = set()
+        self._files: list[str] = []
+        self._token = token_hex(8)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            self._socket.bind(str(self._directory / self._token))
+            self._directory = self._bind(database)
         except BaseException:
             self._socket.close()
             raise
-        self._paths.append(self._directory / self._token)
+        self._files.append(self._token)
+        _sweep_dead(self._directory)
+
+    def _bind(self, database: str) -> str:
+        trouble: list[str] = []
+        for directory in _directories(database):
+            try:
+                with suppress(FileExistsError):
+                    os.mkdir(directory, 0o700)
+                if not _is_private(directory, database):
+                    trouble.append(f"{directory} is not a directory that only its owner can write")
+                    continue
+                with _short_path(directory) as path:
+                    self._socket.bind(f"{path}/{self._token}")
+                return directory
+            except OSError as error:
+                trouble.append(f"{directory}: {error.strerror}")
+        raise BadStateDirectory(
+            f"there is no place for the sockets of {database}: {'; '.join(trouble)}. Nothing was started. Remove what "
+            "is in the way, or set AQUE_STATE_DIR to a directory on a local disk."
+        )
 
     @property
     def fileno(self) -> int:
@@ -178,9 +204,9 @@ class _Socket:
 
     def listen(self, names: Iterable[str]) -> None:
         for name in set(names) - self._names:
-            path = self._directory / f"{self._token}.{_key(name)}"
-            os.link(self._paths[0], path)
-            self._paths.append(path)
+            file = f"{self._token}.{_key(name)}"
+            os.link(f"{self._directory}/{self._token}", f"{self._directory}/{file}")
+            self._files.append(file)
             self._names.add(name)
 
     def drain(self) -> set[str]:
@@ -192,21 +218,20 @@ class _Socket:
                 datagrams += 1
         if datagrams > _QUEUE_LENGTH:
             return set(self._names)  # it was full: others may have been turned away
-        if not datagrams and not self._paths[0].exists():
-            # E.g. XDG_RUNTIME_DIR, which goes when its user's last session ends.
-            raise ConnectionResetError(f"the doorbell socket {self._paths[0]} was removed")
+        if not datagrams and not os.path.exists(f"{self._directory}/{self._token}"):
+            raise ConnectionResetError(f"the doorbell's socket in {self._directory} was removed")
         return rung & self._names
 
     def close(self) -> None:
         self._socket.close()
-        while self._paths:
+        while self._files:
             with suppress(OSError):
-                self._paths.pop().unlink()
+                os.unlink(f"{self._directory}/{self._files.pop()}")
 
     def forget(self) -> None:
         """In a forked child: the files are the parent's."""
         self._socket.close()
-        self._paths.clear()
+        self._files.clear()
 
 
 def _queue_length() -> int:
@@ -220,93 +245,88 @@ def _queue_length() -> int:
 _QUEUE_LENGTH = _queue_length()
 
 
-def _ring_sockets(database: Path, names: Collection[str]) -> None:
+def _ring_sockets(database: str, names: Collection[str]) -> None:
     keys = {_key(name): name for name in names}
     # A socket for this ring alone: datagrams that a stopped listener leaves unread count against their sender's buffer.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
         for directory in _directories(database):
-            for path, rung in _listeners(directory, keys):
-                try:
-                    sender.sendto("\0".join(rung).encode(), path)
-                except (ConnectionRefusedError, FileNotFoundError):
-                    _sweep(path)
-                except OSError:
-                    pass  # its queue is full: it has been woken and has yet to look
+            with suppress(OSError), _short_path(directory) as path:
+                found: dict[str, tuple[str, list[str]]] = {}  # of each listener, one file and the names it listens for
+                for file in os.listdir(directory):
+                    token, _, key = file.partition(".")
+                    if key in keys:
+                        found.setdefault(token, (file, []))[1].append(keys[key])
+                for token, (file, rung) in found.items():
+                    if not _send(sender, f"{path}/{file}", "\0".join(rung)):
+                        _remove(directory, token)
 
 
-def _listeners(directory: Path, keys: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """One path for every socket in `directory` that listens for any of `keys`, with the names it listens for."""
+def _send(sender: socket.socket, path: str, text: str) -> bool:
+    """Send a datagram; False if nobody has this socket any more."""
     try:
-        files = os.listdir(directory)
+        sender.sendto(text.encode(), path)
+    except (ConnectionRefusedError, FileNotFoundError):
+        return False
     except OSError:
-        return
-    found: dict[str, tuple[str, list[str]]] = {}
-    for file in files:
-        token, _, key = file.partition(".")
-        if key in keys:
-            found.setdefault(token, (f"{directory}/{file}", []))[1].append(keys[key])
-    yield from found.values()
+        pass  # its queue is full: it has been woken, and has yet to look
+    return True
 
 
-def _sweep(path: str) -> None:
-    """Remove the files of a listener that died without closing."""
-    directory, _, file = path.rpartition("/")
-    if os.lstat(directory).st_uid != os.geteuid():
-        return
-    token = file.partition(".")[0]
-    with suppress(OSError):
-        for other in os.listdir(directory):
-            if other.partition(".")[0] == token:
-                with suppress(OSError):
-                    os.unlink(f"{directory}/{other}")
+def _sweep_dead(directory: str) -> None:
+    """Remove the files of listeners that were killed."""
+    with _short_path(directory) as path:
+        for token in {file.partition(".")[0] for file in os.listdir(directory)}:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+                try:
+                    probe.connect(f"{path}/{token}")  # sends nothing: nobody is woken
+                except (ConnectionRefusedError, FileNotFoundError):
+                    _remove(directory, token)
+                except OSError:
+                    pass
 
 
-def _database(engine: sa.Engine) -> Path:
-    return Path(os.path.realpath(engine.url.database or ""))
+def _remove(directory: str, token: str) -> None:
+    for file in os.listdir(directory):
+        if file.partition(".")[0] == token:
+            with suppress(OSError):
+                os.unlink(f"{directory}/{file}")
+
+
+def _database(engine: sa.Engine) -> str:
+    return os.path.realpath(engine.url.database or "")
 
 
 def _key(name: str) -> str:
     return sha256(name.encode()).hexdigest()[:16]
 
 
-def _directories(database: Path) -> list[Path]:
+def _directories(database: str) -> list[str]:
     """Where listeners of this store may have their sockets, the best place first.
 
-    More than one, because who rings need not have the environment of who listens (cron has no XDG_RUNTIME_DIR). Root
-    also rings the owner of the database; it listens in its own place, where only root can ring it.
+    Beside the database, and not in $XDG_RUNTIME_DIR: who rings need not have the environment of who listens (cron has
+    none), and that directory goes when its user logs out while workers go on. /tmp: for file systems without sockets.
     """
     digest = sha256(os.fsencode(database)).hexdigest()[:16]
-    users = {os.geteuid()}
-    with suppress(OSError):
-        users.add(database.stat().st_uid)
-    runtime = [os.environ.get("XDG_RUNTIME_DIR", ""), *(f"/run/user/{uid}" for uid in users)]
-    found = [Path(place) / f"aque-{digest}" for place in dict.fromkeys(runtime) if place.startswith("/")]
-    found = [place for place in found if len(os.fsencode(place)) <= _LONGEST_DIRECTORY]
-    return found + [Path(f"/tmp/aque-{uid}-{digest}") for uid in users]
+    return [f"{database}-bells", f"/tmp/aque-{os.geteuid()}-{digest}"]
 
 
-def _own_directory(database: Path) -> Path:
-    """Make, or check, the directory in which this process binds its sockets."""
-    uid = os.geteuid()
-    candidates = _directories(database)
-    fallback = Path(f"/tmp/aque-{uid}-{candidates[0].name.rpartition('-')[2]}")
-    chosen = next((c for c in candidates if c.parent != Path("/tmp") and _is_private(c.parent, uid)), fallback)
-    with suppress(FileExistsError):
-        chosen.mkdir(mode=0o700)
-    if not _is_private(chosen, uid):
-        raise BadStateDirectory(
-            f"{chosen} should be a directory that only user {uid} can write, and is not; no socket was made in it. "
-            "Remove it, or set XDG_RUNTIME_DIR to a directory of your own."
-        )
-    return chosen
-
-
-def _is_private(directory: Path, uid: int) -> bool:
+@contextmanager
+def _short_path(directory: str) -> Iterator[str]:
+    """Another name for `directory`: a socket's path has 107 bytes, which the path of a state directory may use up."""
+    number = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        found = os.lstat(directory)  # not stat: in /tmp anybody may leave a link to a directory of ours
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o022
+        yield f"/proc/self/fd/{number}"
+    finally:
+        os.close(number)
+
+
+def _is_private(directory: str, database: str) -> bool:
+    """True if nobody but us, or the owner of the database, can put sockets there."""
+    found = os.lstat(directory)  # not stat: in /tmp anybody may leave a link to a directory of ours
+    owners = {os.geteuid()}
+    with suppress(OSError):
+        owners.add(os.stat(database).st_uid)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not found.st_mode & 0o022
 
 
 _open_bells: "weakref.WeakSet[Doorbell]" = weakref.WeakSet()

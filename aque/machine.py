@@ -38,6 +38,16 @@ def boot_id() -> str:
         return str(psutil.boot_time())
 
 
+def host_id() -> str:
+    """The same for two processes exactly if each can tell by its pid whether the other lives: same boot, same pid
+    namespace (two containers on a machine share the former only)."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{boot_id()} {namespace}"
+
+
 def process_started(pid: int) -> float | None:
     """When this process started, in seconds since 1970; None if there is none. A zombie counts as gone."""
     try:

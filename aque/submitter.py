@@ -48,7 +48,7 @@ class Submitter:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
-        self._user = _user()
+        self._user = user_name()
 
     def reserve(self, count: int) -> list[int]:
         """Ids for tasks that are submitted later."""
@@ -180,7 +180,8 @@ def _umask() -> int:
     return 0o022
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Who submits: the `submitter` of the tasks of this process."""
     try:
         return getuser()
     except (KeyError, OSError):  # a uid without a name, as in many containers

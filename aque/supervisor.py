@@ -10,8 +10,10 @@ The server forks a supervisor when the worker asks for one, and answers with the
 runs one command at a time; between two commands it has no child. It ends, and kills what it runs, when its channel closes or
 the worker's process ends. Should a supervisor itself be killed, the server inherits what it ran and kills that.
 
-Control socket, messages: worker to server, how many supervisors are wanted (`COUNT`); back, one message for each, a pid with
-the channel attached, or a negated errno with nothing attached (`PID`).
+Control socket, messages of kind and number (`ORDER`) from the worker:
+    FORK    how many supervisors are wanted. Answered by one message for each (`NUMBER`): its pid with the channel attached,
+            or a negated errno with nothing attached
+    ABANDON the pid of a supervisor that does not answer: it is killed, and what it was about to start
 Channel, frames of kind and length (`FRAME`), then the body:
     to the supervisor   RUN     a marshalled dict, see `Supervisor.start`; `stdin_bytes` of stdin follow it unframed
                         SIGNAL  number (`NUMBER`): to the command's process group
@@ -40,11 +42,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-COUNT = struct.Struct("=I")
-PID = struct.Struct("=i")
+ORDER = struct.Struct("=ci")
 FRAME = struct.Struct("=cI")
 NUMBER = struct.Struct("=i")
 KILLING = struct.Struct("=id")
+FORK, ABANDON = b"F", b"A"
 RUN, SIGNAL, KILL = b"R", b"S", b"K"
 STARTED, STDOUT, STDERR, ENDED, BROKEN = b"P", b"1", b"2", b"E", b"!"
 
@@ -52,6 +54,11 @@ STARTED, STDOUT, STDERR, ENDED, BROKEN = b"P", b"1", b"2", b"E", b"!"
 DRAIN_SECONDS = 0.2
 #: Small writes wait this long for company: the start, output and end of a short command then wake the worker once.
 GATHER_SECONDS = 0.002
+#: Supervisors that have not ended this long after the worker are stopped, or hang in the kernel. They are killed then, and
+#: what they ran by the server.
+PATIENCE_SECONDS = 5.0
+#: poll takes no more than 24 days.
+LONGEST_WAIT_SECONDS = 86400.0
 READ_BYTES = 1 << 16
 #: With this much waiting for the worker, the command's pipes are no longer read: the command waits as well.
 PENDING_BYTES = 1 << 17
@@ -96,6 +103,7 @@ class Supervisor:
         #: When what is left gets SIGKILL.
         self.kill_at = math.inf
         self.flush_at = math.inf
+        self.limit_at = math.inf
         self.grace_seconds = 0.0
         #: Open pipe -> kind of its frames, bytes that may still be forwarded, bytes read.
         self.streams: dict[int, bytes] = {}
@@ -120,8 +128,11 @@ class Supervisor:
                 spec = marshal.loads(body)
                 del body  # megabytes, perhaps
                 self.reset()
-                self.run(spec)
-                del spec
+                started = self.begin(spec)
+                del spec  # its environment is of no more use, and the command may live for days
+                if started:
+                    self.watch()
+                    self.report()
                 self.flush()
                 if self.has_children:  # immortal ones: their ends must not be taken for those of the next command
                     raise Gone
@@ -144,7 +155,7 @@ class Supervisor:
         return kind, body
 
     def receive(self, wait: bool) -> None:
-        """Read what the worker has sent; with `wait`, at least one byte. Only for moments without a command."""
+        """Read what the worker has sent; with `wait`, at least one byte: for moments without a command."""
         if wait and self.poll_idle():
             raise Gone
         try:
@@ -198,26 +209,22 @@ class Supervisor:
 
     # One command
 
-    def run(self, spec: dict[str, Any]) -> None:
-        """Run one command to the end of its whole tree, and report it."""
+    def begin(self, spec: dict[str, Any]) -> bool:
+        """Start a command, or report why that is impossible."""
         stdin = self.take_stdin(spec["stdin_bytes"])
         try:
             self.start(spec, stdin)
         except OSError as error:
             # Popen names the directory when it could not enter it, else the program; both may be equal, never the same.
             at_cwd = error.filename is spec["cwd"]
-            self.report(
-                failed="cwd" if at_cwd else "exec", errno=error.errno, found=at_cwd or program(spec) is not None
-            )
-            return
+            found = at_cwd or program(spec) is not None
+            self.report(failed="cwd" if at_cwd else "exec", errno=error.errno, found=found)
+            return False
         finally:
             if stdin is not None:
                 os.close(stdin)
         self.send(STARTED, NUMBER.pack(self.command))
-        limit = spec["time_limit_seconds"]
-        del spec  # its environment is of no more use, and this process may live for days
-        self.watch(math.inf if limit is None else time.monotonic() + limit)
-        self.report()
+        return True
 
     def take_stdin(self, size: int) -> int | None:
         """A descriptor to read the command's stdin from; None: this process's own, /dev/null.
@@ -262,6 +269,8 @@ class Supervisor:
         os.close(pipes[3])
         self.has_children = True
         self.grace_seconds = spec["kill_grace_seconds"]
+        if (limit := spec["time_limit_seconds"]) is not None:
+            self.limit_at = time.monotonic() + limit
         self.streams = {pipes[0]: STDOUT, pipes[2]: STDERR}
         self.room = dict.fromkeys(self.room, spec["output_limit_bytes"])
         for fd in self.streams:
@@ -285,7 +294,7 @@ class Supervisor:
         process.returncode = 0  # this process reaps by itself: else Popen would warn, and wait for a stranger one day
         return process.pid
 
-    def watch(self, limit_at: float) -> None:
+    def watch(self) -> None:
         """Until nothing of the command lives and its output is read."""
         channel = self.channel.fileno()
         if self.incoming:
@@ -294,8 +303,8 @@ class Supervisor:
             now = time.monotonic()
             if self.flush_at <= now:
                 self.push()
-            if limit_at <= now:
-                limit_at = math.inf
+            if self.limit_at <= now:
+                self.limit_at = math.inf
                 if self.status is None:
                     self.kill(signal.SIGTERM, self.grace_seconds, "time_limit")
             if self.terminated:
@@ -305,8 +314,8 @@ class Supervisor:
                 self.leave_nothing()
                 break
             self.balance(channel)
-            due = min(self.flush_at, limit_at, self.kill_at)
-            for fd, event in self.poll.poll(None if due == math.inf else max(0, math.ceil((due - now) * 1000))):
+            seconds = min(self.flush_at, self.limit_at, self.kill_at, now + LONGEST_WAIT_SECONDS) - now
+            for fd, event in self.poll.poll(max(0, math.ceil(seconds * 1000))):
                 if fd in self.streams:
                     self.relay(fd, event)
                 elif fd == self.wakeup:
@@ -422,6 +431,7 @@ class Supervisor:
     def leave_nothing(self) -> None:
         """SIGKILL every descendant until there is none; except what the kernel does not let this user signal."""
         pause = 0.005
+        self.has_children = True
         self.reap()
         while self.has_children:
             # At once again while new ones appear: a tree that forks is outrun, or at least kept busy dying.
@@ -432,17 +442,15 @@ class Supervisor:
                     break
                 seen.update(new)
                 self.immortal.update(pid for pid in new if not send_signal(pid, signal.SIGKILL))
-            self.reap()
             self.immortal &= seen
             if seen and seen == self.immortal:
                 return
-            if self.has_children:
-                waiting = select.poll()
-                waiting.register(self.wakeup, select.POLLIN)
-                if waiting.poll(pause * 1000):
-                    os.read(self.wakeup, 512)
-                pause = min(pause * 1.5, 1.0)
-                self.reap()
+            waiting = select.poll()
+            waiting.register(self.wakeup, select.POLLIN)
+            if waiting.poll(pause * 1000):
+                os.read(self.wakeup, 512)
+            pause = min(pause * 1.5, 1.0)
+            self.reap()
 
     def report(self, failed: str | None = None, errno: int | None = None, found: bool = True) -> None:
         """Tell the worker of the end. `failed`: "cwd" or "exec", with the errno and whether there is such a program."""
@@ -535,6 +543,12 @@ def send_signal(pid: int, number: int) -> bool:
     return True
 
 
+def become_subreaper() -> None:
+    """Have descendants that lose their parents come to this process, wherever they went."""
+    if prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError("this kernel has no PR_SET_CHILD_SUBREAPER")
+
+
 def catch_signals() -> int:
     """A pipe that becomes readable with every SIGCHLD, SIGTERM and SIGINT."""
     readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -553,39 +567,49 @@ class Server:
         self.wakeup = catch_signals()
 
     def serve(self) -> None:
-        """Until the worker is gone, and all supervisors after it."""
+        """Until the worker is gone, and all supervisors with what they ran after it."""
         poll = select.poll()
         for fd in (self.control.fileno(), self.worker, self.wakeup):
             poll.register(fd, select.POLLIN)
         strangers = False
+        pause = 10.0
+        patience_until = math.inf
         while True:
-            for fd, _ in poll.poll(20 if strangers else None):
+            pause = min(pause * 1.5, 1000) if strangers or patience_until < math.inf else 10.0
+            for fd, _ in poll.poll(pause if pause > 10.0 else None):
                 if fd == self.wakeup:
                     os.read(fd, 512)
                 elif fd == self.worker or not self.answer():
                     for gone in (self.control.fileno(), self.worker):
                         poll.unregister(gone)
                     self.control.close()
+                    patience_until = time.monotonic() + PATIENCE_SECONDS
                     break
             strangers = self.reap()
-            if self.control.fileno() < 0 and not self.supervisors and not strangers:
+            if patience_until < math.inf and not self.supervisors and not strangers:
                 return
+            if patience_until <= time.monotonic():
+                for pid in self.supervisors:
+                    send_signal(pid, signal.SIGKILL)
 
     def answer(self) -> bool:
         """Fork what the worker asks for; false if it is gone."""
         try:
-            message = self.control.recv(COUNT.size)
+            message = self.control.recv(ORDER.size)
             if not message:
                 return False
-            for _ in range(COUNT.unpack(message)[0]):
+            kind, number = ORDER.unpack(message)
+            if kind == ABANDON and number in self.supervisors:
+                send_signal(number, signal.SIGKILL)
+            for _ in range(number if kind == FORK else 0):
                 try:
                     pid, channel = self.fork()
                 except OSError as error:
-                    self.control.send(PID.pack(-(error.errno or errno.EAGAIN)))
+                    self.control.send(NUMBER.pack(-(error.errno or errno.EAGAIN)))
                     continue
                 with channel:
                     fds = struct.pack("i", channel.fileno())
-                    self.control.sendmsg([PID.pack(pid)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+                    self.control.sendmsg([NUMBER.pack(pid)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except ConnectionError:
             return False
         return True
@@ -611,24 +635,25 @@ class Server:
             self.control.close()
             os.close(self.wakeup)
             os.close(signal.set_wakeup_fd(-1))
-            # Not inherited by fork. Descendants that left the session, or lost their parents, come to this process.
-            prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            become_subreaper()  # a fork does not inherit it
             supervisor = Supervisor(channel, self.worker)
+            failure = ""
             try:
                 supervisor.serve()
             except Gone:
                 code = 0
             except BaseException:
-                supervisor.outgoing.clear()
-                supervisor.send(BROKEN, traceback.format_exc().encode())
-                supervisor.push()
+                failure = traceback.format_exc()
             supervisor.leave_nothing()
+            if failure:
+                supervisor.send(BROKEN, failure.encode())
+                supervisor.flush()
         finally:
             # No clean-up of what belongs to the server; and never back into its loop.
             os._exit(code)
 
     def reap(self) -> bool:
-        """Collect the dead; true while children are left that are no supervisors."""
+        """Collect the dead, and kill what dead supervisors have left; true while some of that lives."""
         while True:
             try:
                 pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -638,9 +663,8 @@ class Server:
                 break
             self.supervisors.discard(pid)
         strangers = descendants(os.getpid(), except_for=self.supervisors)
-        for pid in strangers:
-            send_signal(pid, signal.SIGKILL)
-        return bool(strangers)
+        # All get the signal. Those that may not be signalled are not waited for: nothing more can be done about them.
+        return [send_signal(pid, signal.SIGKILL) for pid in strangers].count(True) > 0
 
 
 def main() -> None:
@@ -655,7 +679,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with open("/proc/self/comm", "w") as comm:
         comm.write("aque-superv")  # and not aque-worker: `killall aque-worker` is for workers
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    become_subreaper()
     worker = os.pidfd_open(worker_pid)
     if os.getppid() != worker_pid:
         return  # it ended already, and the pid may be another's

@@ -352,7 +352,6 @@ class Transport(virtual.Transport):
     def establish_connection(self) -> Any:
         with self.database() as connection:
             bus.create_tables(connection)
-        self._closing = False
         return super().establish_connection()
 
     def close_connection(self, connection: Any) -> None:
@@ -369,6 +368,7 @@ class Transport(virtual.Transport):
         finally:
             self._forget_consuming()
             super().close_connection(connection)
+            self._closing = False
 
     def _collect(self, connection: Any) -> None:
         """Kombu calls this in a forked child instead of close_connection: the messages are the parent's."""
@@ -407,6 +407,7 @@ class Transport(virtual.Transport):
 
     def start_consuming(self, queue: str) -> None:
         """Listen for `queue`, keep it from expiring, and look into it at once."""
+        self._replace_broken_bell(queue)
         owner = self.owner()
         assert self._bell is not None
         with self._reaching():
@@ -415,6 +416,18 @@ class Transport(virtual.Transport):
             bus.hold_queue(connection, queue, owner)
         self._look.add(queue)
         self._wake()
+
+    def _replace_broken_bell(self, queue: str) -> None:
+        """Where `queue` is the only one that is consumed, nobody needs to hear that the line broke while idle.
+
+        Kombu keeps the connections of `inspect` and its like for the next call, which may come days later.
+        """
+        if self._bell is None or self._loop is not None or self._active_queues() - {queue}:
+            return
+        try:
+            self._bell.drain()
+        except ConnectionResetError:
+            self._forget_consuming()
 
     def stop_consuming(self, queue: str, undelivered: Collection[int]) -> None:
         """Let go of `queue`, and of the messages in it that were claimed but not delivered."""
@@ -477,7 +490,7 @@ class Transport(virtual.Transport):
     def _do_upkeep(self) -> None:
         """Every SAFETY_POLL: look into every queue, and free what the dead have left."""
         self._upkeep_due = time.monotonic() + SAFETY_POLL
-        self._look |= {queue for channel in self._open_channels() for queue in channel._active_queues}
+        self._look |= self._active_queues()
         with self.database() as connection:
             self._sweep(connection)
 
@@ -502,6 +515,9 @@ class Transport(virtual.Transport):
     def _open_channels(self) -> "list[_Channel]":
         return [channel for channel in self.channels if channel is not None and not channel.closed]
 
+    def _active_queues(self) -> set[str]:
+        return {queue for channel in self._open_channels() for queue in channel._active_queues}
+
     # Delivering
 
     def _claim_what_rang(self) -> None:
@@ -515,8 +531,7 @@ class Transport(virtual.Transport):
             os.eventfd_read(self._nudge)
         channels = self._open_channels()
         if rang:
-            queues = {queue for channel in channels for queue in channel._active_queues}
-            self._look |= {queue for queue in queues if bus.bell_name(queue) in rang}
+            self._look |= {queue for queue in self._active_queues() if bus.bell_name(queue) in rang}
         if self._look:
             for channel in channels:
                 channel.claim(self._look)

@@ -26,9 +26,10 @@ def start(server: type[AnyServer]) -> AnyServer:
     try:
         return server()
     except MissingBinary as missing:
-        if os.environ.get("CI", "").lower() in {"1", "true"}:
-            pytest.fail(f"{missing} With CI=true nothing is skipped for a missing program.", pytrace=False)
-        pytest.skip(str(missing))
+        reason = str(missing)
+    if os.environ.get("CI", "").lower() in {"1", "true"}:
+        pytest.fail(f"{reason} Continuous integration skips nothing for a missing program.", pytrace=False)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The table that is the truth: the only package that imports SQLAlchemy and holds SQL."""
 
-from aque.store.engine import again, can_run_again, transaction
+from aque.store.engine import again, attempt_write, can_run_again, is_data_error, is_database_error, transaction
 from aque.store.store import Finding, Finished, Kill, Killed, Released, Store, StoredResult, WorkerRow, open_store
 
 __all__ = [
@@ -13,7 +13,10 @@ __all__ = [
     "StoredResult",
     "WorkerRow",
     "again",
+    "attempt_write",
     "can_run_again",
+    "is_data_error",
+    "is_database_error",
     "open_store",
     "transaction",
 ]

@@ -182,6 +182,32 @@ def again(work: Callable[[], T], tries: int = 10) -> T:
     raise AssertionError
 
 
+def is_database_error(error: Exception) -> bool:
+    """True for what the driver raised: the connection or the server failed, or it refused the data."""
+    return isinstance(error, sa.exc.DBAPIError)
+
+
+def is_data_error(error: Exception) -> bool:
+    """True if the database refused what was to be written: to try the same again is useless."""
+    return isinstance(error, (sa.exc.DataError, sa.exc.IntegrityError, sa.exc.StatementError)) and not isinstance(
+        error, (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.ProgrammingError)
+    )
+
+
+def attempt_write(connection: sa.Connection, work: Callable[[], T]) -> T | None:
+    """Run `work` under a savepoint of the open transaction; None, with nothing written, if the database refused its data."""
+    connection.exec_driver_sql("SAVEPOINT attempt")
+    try:
+        result = work()
+    except sa.exc.StatementError as error:
+        if not is_data_error(error):
+            raise
+        connection.exec_driver_sql("ROLLBACK TO SAVEPOINT attempt")
+        return None
+    connection.exec_driver_sql("RELEASE SAVEPOINT attempt")
+    return result
+
+
 @contextmanager
 def reachable(engine: sa.Engine) -> Iterator[None]:
     """Turn connection failures inside the block into StoreUnreachable, with the server but not the password."""

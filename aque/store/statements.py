@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from aque.states import ACTIVE_STATES, COMPLETE_STATES, Event, Reason, State, sources
+from aque.states import ACTIVE_STATES, COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
 from aque.store.engine import id_set, lease_clock, per_class, row_set, wall_clock
 from aque.store.tables import attempt, edge, environment, output, payload, requirement, result, sequence, task, worker
 from aque.values import Condition, Pattern
@@ -232,7 +232,8 @@ def give_back(dialect: str) -> Statement:
 def finish(dialect: str) -> Statement:
     """Record outcomes (`rows`), each only if its claim still stands. Returns what really moved: only that may release.
 
-    A failed attempt that may be repeated (its row says `repeat`) goes back to ready.
+    A failed attempt that may be repeated (its row says `repeat`) goes back to ready; so does a lost one (its state says
+    `ready`), unless it was killed meanwhile, or is the last of `max_lost`.
     """
     rows = row_set(
         dialect,
@@ -248,6 +249,7 @@ def finish(dialect: str) -> Statement:
         repeat=sa.Boolean(),
     )
     locked = _locked_in_order(sa.select(rows.c.id))
+    lost = rows.c.state == State.READY
     repeat = sa.and_(rows.c.repeat, task.c.kill_signal.is_(None), task.c.failed + 1 < task.c.max_attempts)
     return (
         sa.update(task)
@@ -259,7 +261,14 @@ def finish(dialect: str) -> Statement:
             _in_states(_ON_WORKER),
         )
         .values(
-            state=sa.case((repeat, State.READY.value), else_=rows.c.state),
+            state=sa.case(
+                (sa.and_(lost, task.c.kill_signal.in_(sorted(ENDING_SIGNALS))), State.KILLED.value),
+                (sa.and_(lost, task.c.lost + 1 >= sa.bindparam("max_lost", type_=sa.Integer)), State.ERROR.value),
+                (repeat, State.READY.value),
+                else_=rows.c.state,
+            ),
+            attempt=task.c.attempt - sa.case((rows.c.state == State.CANCELLED, 1), else_=0),
+            lost=task.c.lost + sa.case((lost, 1), else_=0),
             failed=task.c.failed + sa.case((rows.c.state == State.ERROR, 1), else_=0),
             reason=rows.c.reason,
             exit_code=rows.c.exit_code,
@@ -408,8 +417,11 @@ def results(dialect: str) -> Statement:
             task.c.state,
             task.c.reason,
             task.c.name,
+            task.c.pattern,
+            task.c.attempt,
             task.c.exit_code,
             task.c.signal,
+            task.c.finished_at,
             result.c.value,
             result.c.error,
         )
@@ -464,9 +476,22 @@ def request_kill(dialect: str) -> Statement:
 @cache
 def requested_kills() -> Statement:
     """The kills that `which_worker` has yet to carry out."""
-    return sa.select(task.c.id, task.c.token, task.c.kill_signal).where(
+    return sa.select(task.c.id, task.c.attempt, task.c.token, task.c.kill_signal).where(
         task.c.worker_id == sa.bindparam("which_worker"), _in_states(_ON_WORKER), task.c.kill_signal.is_not(None)
     )
+
+
+@cache
+def claims_of() -> Statement:
+    """What `which_worker` has."""
+    return sa.select(task.c.id, task.c.token).where(
+        task.c.worker_id == sa.bindparam("which_worker"), _in_states(_ON_WORKER)
+    )
+
+
+@cache
+def any_active() -> Statement:
+    return sa.select(task.c.id).where(_in_states(_ON_WORKER)).limit(1)
 
 
 @cache
@@ -511,6 +536,11 @@ def stop_worker() -> Statement:
         .where(worker.c.id == sa.bindparam("which_worker"), worker.c.state == "live")
         .values(state="stopped", seen_at=wall_clock())
     )
+
+
+@cache
+def live_workers() -> Statement:
+    return workers().where(worker.c.state == "live")
 
 
 @cache
@@ -603,8 +633,9 @@ WORKER_FIELDS = frozenset({"worker"})
 REQUIREMENT_FIELDS = frozenset({"cpus", "memory", "queue", "host", "platform"})
 
 
-def tasks(fields: tuple[str, ...], where: dict[str, Any]) -> sa.Select[Any]:
-    """These fields of the tasks that match `where` (field -> value, or a list of values), in id order."""
+def tasks(fields: tuple[str, ...], where: dict[str, Any], newest: int | None = None) -> sa.Select[Any]:
+    """These fields of the tasks that match `where` (field -> value, or a list of values), in id order; with `newest` only
+    so many, those with the highest ids, the newest first."""
     source: Any = task
     asked = {*fields, *where}
     if asked & REQUIREMENT_FIELDS:
@@ -618,7 +649,7 @@ def tasks(fields: tuple[str, ...], where: dict[str, Any]) -> sa.Select[Any]:
             statement = statement.where(column.in_(list(value)))
         else:
             statement = statement.where(column.is_(None) if value is None else column == value)
-    return statement.order_by(task.c.id)
+    return statement.order_by(task.c.id) if newest is None else statement.order_by(task.c.id.desc()).limit(newest)
 
 
 @cache
@@ -655,6 +686,28 @@ def output_after() -> Statement:
         )
         .order_by(output.c.offset)
         .limit(64)
+    )
+
+
+@cache
+def output_sizes(dialect: str) -> Statement:
+    """How many bytes of each stream were captured of the latest attempt of these tasks (`ids`)."""
+    return (
+        sa.select(output.c.task_id, output.c.attempt, output.c.fd, sa.func.sum(sa.func.length(output.c.data)))
+        .select_from(output.join(task, sa.and_(task.c.id == output.c.task_id, task.c.attempt == output.c.attempt)))
+        .where(output.c.task_id.in_(id_set(dialect, "ids")))
+        .group_by(output.c.task_id, output.c.attempt, output.c.fd)
+    )
+
+
+@cache
+def outputs(dialect: str) -> Statement:
+    """All that was captured of the latest attempt of these tasks (`ids`), in order within each stream."""
+    return (
+        sa.select(output.c.task_id, output.c.fd, output.c.data)
+        .select_from(output.join(task, sa.and_(task.c.id == output.c.task_id, task.c.attempt == output.c.attempt)))
+        .where(output.c.task_id.in_(id_set(dialect, "ids")))
+        .order_by(output.c.task_id, output.c.fd, output.c.offset)
     )
 
 

@@ -39,6 +39,8 @@ from aque.values import (
     WorkerInfo,
 )
 
+#: Of a command's stdout, as dependents and `.get()` see it.
+STDOUT_LIMIT = 64 << 10
 #: From this many rows on COPY is faster than an INSERT with its parameters.
 COPY_FROM = 100
 
@@ -57,7 +59,7 @@ class Finished(Released):
     """What became of a batch of outcomes."""
 
     ended: dict[int, State] = field(default_factory=dict)
-    repeated: list[int] = field(default_factory=list)  #: failed, and ready for another attempt
+    repeated: list[int] = field(default_factory=list)  #: failed or lost, and ready for another attempt
     refused: list[int] = field(default_factory=list)  #: the claim no longer stands: nothing was written
 
 
@@ -75,6 +77,7 @@ class Kill:
     """A kill that a worker has yet to carry out."""
 
     id: int
+    attempt: int
     token: int
     signal: int
 
@@ -89,6 +92,8 @@ class StoredResult:
     reason: Reason | None
     exit_code: int | None
     signal: int | None
+    pattern: Pattern
+    finished_at: float | None
     value: bytes | None
     error: bytes | None
 
@@ -318,9 +323,22 @@ class Store:
         return sorted((_claimed(row, token) for row in rows), key=lambda t: position[t.id])
 
     def values(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, bytes]:
-        """The stored results of these tasks, as JSON; `null` where a task has none."""
-        rows = connection.execute(sql.results(self.dialect), {"ids": json.dumps(list(ids))})
-        return {row.id: b"null" if row.value is None else bytes(row.value) for row in rows}
+        """The results of these tasks as JSON: `null` where there is none, a command's end and stdout for a command."""
+        rows = connection.execute(sql.results(self.dialect), {"ids": json.dumps(list(ids))}).all()
+        found: dict[int, bytes] = {}
+        for row in rows:
+            if row.pattern == Pattern.SHELL:
+                found[row.id] = self._command_result(connection, row)
+            else:
+                found[row.id] = b"null" if row.value is None else bytes(row.value)
+        return found
+
+    def _command_result(self, connection: sa.Connection, row: Any) -> bytes:
+        """{"exit_code", "stdout", "truncated"}: what dependents see of a command; stdout up to 64 KiB as text."""
+        stdout = b"".join(data for _, data in self.output_after(connection, row.id, row.attempt, 1, 0))
+        shown = stdout[:STDOUT_LIMIT].decode(errors="backslashreplace")
+        result = {"exit_code": row.exit_code, "stdout": shown, "truncated": len(stdout) > STDOUT_LIMIT}
+        return json.dumps(result).encode()
 
     def start(self, connection: sa.Connection, started: Iterable[tuple[int, int, float]]) -> None:
         """Buffered tasks, as (id, token, seconds ago), that run now."""
@@ -337,8 +355,10 @@ class Store:
 
     # -- finish and release -------------------------------------------------------------------------------------------
 
-    def finish(self, connection: sa.Connection, outcomes: Sequence[Outcome]) -> Finished:
+    def finish(self, connection: sa.Connection, outcomes: Sequence[Outcome], max_lost: int = 3) -> Finished:
         """Record outcomes whose claims still stand and release what waited for them, inside the caller's transaction.
+
+        An outcome of state `ready` is a lost attempt: the task goes back, and with `max_lost` of them it ends in error.
 
         A batch may be replayed after a commit in doubt: what was recorded the first time is `refused` the second.
         """
@@ -359,12 +379,16 @@ class Store:
             for o in sorted(outcomes, key=lambda o: o.id)
         ]
         moved = {
-            row.id: State(row.state) for row in connection.execute(sql.finish(self.dialect), {"rows": json.dumps(rows)})
+            row.id: State(row.state)
+            for row in connection.execute(sql.finish(self.dialect), {"rows": json.dumps(rows), "max_lost": max_lost})
         }
         ended = {i: state for i, state in moved.items() if state in COMPLETE_STATES}
         repeated = [i for i in moved if i not in ended]
-        if repeated:
-            self._keep_attempts(connection, repeated, State.ERROR, None)
+        lost = {o.id for o in outcomes if o.state is State.READY}
+        if failed := [i for i in repeated if i not in lost]:
+            self._keep_attempts(connection, failed, State.ERROR, None)
+        if gone := [i for i in repeated if i in lost]:
+            self._keep_attempts(connection, gone, "lost", Reason.WORKER_LOST)
         values = [
             {"task_id": o.id, "value": o.value, "error": o.error}
             for o in outcomes
@@ -441,8 +465,9 @@ class Store:
 
     # -- kill ---------------------------------------------------------------------------------------------------------
 
-    def kill(self, connection: sa.Connection, ids: Iterable[int], signal: int) -> Killed:
-        """Withdraw what has not started, and leave `signal` for the workers of what has; members of a job go with it.
+    def kill(self, connection: sa.Connection, ids: Iterable[int], signal: int, waiting_only: bool = False) -> Killed:
+        """Withdraw what has not started, and leave `signal` for the workers of what has (unless `waiting_only`); members
+        of a job go with it.
 
         A signal that does not end a task (see `states.ENDING_SIGNALS`) touches running tasks only. Raises UnknownTask.
         """
@@ -458,7 +483,9 @@ class Store:
                 row.id: State(row.state) for row in connection.execute(sql.cancel(self.dialect), {"ids": everything})
             }
         parameters = {"ids": everything, "wanted_signal": signal}
-        requested = list(connection.execute(sql.request_kill(self.dialect), parameters).scalars())
+        requested: list[int] = []
+        if not waiting_only:
+            requested = list(connection.execute(sql.request_kill(self.dialect), parameters).scalars())
         released = self.release(connection, ended)
         touched = {*ended, *requested, *released.skipped, *released.groups}
         return Killed(
@@ -470,9 +497,24 @@ class Store:
             {i: state for i, state in states.items() if i not in touched},
         )
 
+    def withdraw(self, connection: sa.Connection, ids: Iterable[int]) -> Released:
+        """Cancel those of these tasks that no worker has, and let the others be."""
+        everything = json.dumps(sorted(set(ids)))
+        connection.execute(sql.lock_tasks(self.dialect), {"ids": everything})
+        rows = connection.execute(sql.cancel(self.dialect), {"ids": everything})
+        return self.release(connection, {row.id: State(row.state) for row in rows})
+
     def requested_kills(self, connection: sa.Connection, worker_id: int) -> list[Kill]:
         """The kills that this worker has yet to carry out."""
         return [Kill(*row) for row in connection.execute(sql.requested_kills(), {"which_worker": worker_id})]
+
+    def claims_of(self, connection: sa.Connection, worker_id: int) -> list[tuple[int, int]]:
+        """What the table says that this worker has, as (id, token)."""
+        return [(row.id, row.token) for row in connection.execute(sql.claims_of(), {"which_worker": worker_id})]
+
+    def is_anything_active(self, connection: sa.Connection) -> bool:
+        """True while any worker has a task: its end may release others."""
+        return connection.execute(sql.any_active()).first() is not None
 
     def signal_delivered(self, connection: sa.Connection, kills: Iterable[Kill]) -> None:
         """These signals only had to be delivered, and have been."""
@@ -501,6 +543,10 @@ class Store:
     def unregister(self, connection: sa.Connection, worker_id: int) -> None:
         """The worker has stopped and given everything back."""
         connection.execute(sql.stop_worker(), {"which_worker": worker_id})
+
+    def live_workers(self, connection: sa.Connection) -> list[WorkerRow]:
+        """Workers that have neither stopped nor been declared lost; some may have died."""
+        return [_worker(row) for row in connection.execute(sql.live_workers())]
 
     def workers(self, connection: sa.Connection) -> list[WorkerRow]:
         """All workers ever, oldest first."""
@@ -534,9 +580,14 @@ class Store:
     # -- questions ----------------------------------------------------------------------------------------------------
 
     def tasks(
-        self, connection: sa.Connection, where: Mapping[str, Any] | None = None, fields: Sequence[str] | None = None
+        self,
+        connection: sa.Connection,
+        where: Mapping[str, Any] | None = None,
+        fields: Sequence[str] | None = None,
+        newest: int | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Tasks that match `where` (field -> value or list of values) in id order, as dictionaries of `fields`.
+        """Tasks that match `where` (field -> value or list of values) in id order, as dictionaries of `fields`; only the
+        `newest` so many of them if given.
 
         Times are datetimes (UTC), memory is in bytes, `depends_on` is a list of ids. Raises BadInput, naming the fields
         there are.
@@ -547,7 +598,7 @@ class Store:
         if "depends_on" in (where or {}):
             raise BadInput("depends_on can be shown, not asked for.")
         columns = tuple(dict.fromkeys(("id", *(name for name in wanted if name != "depends_on"))))
-        rows = connection.execute(sql.tasks(columns, dict(where or {}))).all()
+        rows = sorted(connection.execute(sql.tasks(columns, dict(where or {}), newest)), key=lambda row: row.id)
         upstream: dict[int, list[int]] = {}
         if "depends_on" in wanted:
             for edge_row in connection.execute(
@@ -582,6 +633,8 @@ class Store:
                 None if row.reason is None else Reason(row.reason),
                 row.exit_code,
                 row.signal,
+                Pattern(row.pattern),
+                row.finished_at,
                 None if row.value is None else bytes(row.value),
                 None if row.error is None else bytes(row.error),
             )
@@ -607,6 +660,26 @@ class Store:
         """The next pieces of a captured stream from `offset` on, as (offset, bytes); call again until there are none."""
         parameters = {"task_id": task_id, "attempt": attempt, "fd": fd, "offset": offset}
         return [(row.offset, bytes(row.data)) for row in connection.execute(sql.output_after(), parameters)]
+
+    def output_sizes(self, connection: sa.Connection, ids: Iterable[int]) -> dict[tuple[int, int, int], int]:
+        """Bytes captured of the latest attempts of these tasks, by (task, attempt, fd); streams without any are left out."""
+        rows = connection.execute(sql.output_sizes(self.dialect), {"ids": json.dumps(list(ids))})
+        return {(task_id, attempt, fd): int(size) for task_id, attempt, fd, size in rows}
+
+    def outputs(self, connection: sa.Connection, ids: Iterable[int]) -> dict[tuple[int, int], bytes]:
+        """All that was captured of the latest attempts of these tasks, by (task, fd): ask `output_sizes` before."""
+        pieces: dict[tuple[int, int], list[bytes]] = {}
+        for row in connection.execute(sql.outputs(self.dialect), {"ids": json.dumps(list(ids))}):
+            pieces.setdefault((row.task_id, row.fd), []).append(bytes(row.data))
+        return {stream: b"".join(data) for stream, data in pieces.items()}
+
+    def running(self, connection: sa.Connection) -> dict[int, tuple[int, Fraction]]:
+        """How many tasks each worker runs, and the CPUs that they reserve of it; workers that run none are left out."""
+        found: dict[int, tuple[int, Fraction]] = {}
+        for row in connection.execute(sql.reservations()):
+            count, cpus = found.get(row.id, (0, Fraction(0)))
+            found[row.id] = count + 1, cpus + CpuRequest.parse(row.cpus).share(Fraction(row.worker_cpus))
+        return found
 
     def doctor(self, connection: sa.Connection) -> list[Finding]:
         """The invariants that this store breaks; empty for a sound one."""

@@ -1,0 +1,94 @@
+"""What a child of the process pool does with one Python task: import the function, run it, encode its end.
+
+Only plain bytes and texts go back to the worker: it never unpickles or imports what a task made.
+"""
+
+import importlib
+import os
+import traceback
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any
+
+from celery import Celery, Task, current_app
+from celery.app.trace import build_tracer
+from celery.local import Proxy
+
+from aque import codec
+from aque.states import Reason
+
+#: (True, encoded result or None, its repr for events, seconds), or (False, reason, encoded error, seconds).
+ChildResult = tuple[bool, Any, Any, float]
+
+_loaded: dict[str, Task] = {}
+
+
+class CannotImport(Exception):
+    """The function cannot be loaded by its name in this process."""
+
+
+def load(function: str, app: Celery) -> Task:
+    """The Celery task behind "module:qualname"; a plain function becomes one. Raises CannotImport."""
+    if (found := _loaded.get(function)) is not None:
+        return found
+    module_name, _, qualname = function.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in qualname.split("."):
+            target = getattr(target, part)
+    except Exception as error:
+        raise CannotImport(f"cannot load {function}: {type(error).__name__}: {error}") from error
+    if isinstance(target, Proxy):
+        target = target._get_current_object()
+    if not callable(target):
+        raise CannotImport(f"cannot load {function}: it is no function but a {type(target).__name__}")
+    if not isinstance(target, Task):
+        target = app._task_from_fun(target, name=function.replace(":", "."), ignore_result=True)
+    if target.__trace__ is None:
+        target.__trace__ = build_tracer(target.name, target, app.loader, app=app)
+    _loaded[function] = target
+    return target
+
+
+def run(
+    function: str,
+    uuid: str,
+    request: dict[str, Any],
+    arguments: bytes,
+    results: Mapping[int, bytes],
+    variables: Mapping[str, str],
+    import_path: tuple[str, ...],
+    result_limit_bytes: int,
+) -> ChildResult:
+    """Run one attempt; never raises for anything that the task did."""
+    began = monotonic()
+    os.environ.update(variables)
+    try:
+        task = load(function, current_app._get_current_object())
+    except CannotImport as error:
+        text = f"{error}. The worker imports from its own path only; the submitter's was {':'.join(import_path)}"
+        return False, str(Reason.CANNOT_IMPORT), codec.encode_error("ImportError", text), monotonic() - began
+    try:
+        args, kwargs = codec.decode_arguments(arguments, results)
+    except Exception as error:
+        encoded = codec.encode_error(type(error).__name__, f"cannot decode the arguments: {error}")
+        return False, str(Reason.EXCEPTION), encoded, monotonic() - began
+    request.update(args=args, kwargs=kwargs, is_eager=False)
+    value, info, _, shown = task.__trace__(uuid, args, kwargs, request)
+    seconds = monotonic() - began
+    if info is not None:
+        raised = info.retval
+        trace = getattr(value, "traceback", None) or "".join(traceback.format_exception(raised))
+        kind = f"{type(raised).__module__}.{type(raised).__qualname__}"
+        return False, str(Reason.EXCEPTION), codec.encode_error(kind, _text(raised), str(trace)), seconds
+    try:
+        return True, codec.encode_result(value, result_limit_bytes), shown, seconds
+    except ValueError as error:
+        return False, str(Reason.NOT_STORABLE), codec.encode_error("ValueError", str(error)), seconds
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return f"(its text cannot be shown: {type(error).__name__}.__str__ raised)"

@@ -1,0 +1,123 @@
+"""`aque call`: run a Python function."""
+
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from importlib import import_module
+from typing import Any
+
+import click
+
+from aque.cli import waiting
+from aque.cli.exit_status import exit_status, sentence
+from aque.cli.farm import Farm, open_farm
+from aque.cli.options import read, task_options
+from aque.cli.show import complain
+from aque.cli.submit import print_id
+from aque.errors import BadInput, NotSubmittable
+from aque.states import State
+from aque.submitter import Submitter
+from aque.values import TaskSpec
+
+
+@click.command(name="call", context_settings={"allow_interspersed_args": False})
+@task_options
+@click.option("--wait", is_flag=True, help="Wait, and print the result as JSON.")
+@click.argument("function", metavar="MODULE:FUNCTION")
+@click.argument("words", metavar="[JSON...]", nargs=-1, type=click.UNPROCESSED)
+def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
+    """Run a Python function, which a worker imports by its name, and print the id of the task.
+
+    The arguments are JSON: one list of them, one object with them by name, or each as a word of its own. Functions are
+    looked for in the current directory first.
+
+    \b
+    aque call --wait math:sqrt 2
+    aque call --wait shutil:disk_usage '"/tmp"'
+    aque call report:build '{"title": "May", "pages": [1, 2]}'
+    aque call --cpus all --after @last simulate:run '[1000, 0.5]'
+    """
+    qualified = _check_function(function)
+    arguments = _encode(*_arguments(words))
+    with open_farm() as farm:
+        submitter = Submitter(farm.store, farm.settings)
+        options = read(farm, chosen)
+        (task_id,) = submitter.reserve(1)
+        spec = submitter.function(task_id, qualified, qualified.replace(":", "."), arguments, [], options)
+        state = submitter.submit([spec])[task_id]
+        waits = chosen["wait"] or chosen["local"]
+        print_id(spec, state, chosen["as_json"], waits)
+        return _wait(farm, spec, chosen["local"]) if waits else 0
+
+
+def _wait(farm: Farm, spec: TaskSpec, local: bool) -> int:
+    try:
+        with waiting.someone_to_run(farm, [spec], local) as worker:
+            for _ in waiting.until_ended(farm, [spec.id], local=worker):
+                pass
+            (end,) = waiting.ends(farm, [spec.id])
+    except KeyboardInterrupt:
+        return waiting.interrupted(spec.id, local)
+    if end.state is State.SUCCESS:
+        print((end.value or b"null").decode(), flush=True)
+    elif said := sentence(end):
+        complain(said)
+    return exit_status(end)
+
+
+def _check_function(text: str) -> str:
+    """The text, if it names something that can be imported and called here. Raises BadInput or NotSubmittable."""
+    module_name, colon, path = text.partition(":")
+    if not colon or not module_name or not path:
+        raise BadInput(f"{text!r} is not MODULE:FUNCTION: write for example os.path:getsize. Nothing was submitted.")
+    # First, and also for the task: a worker that is started here finds the same.
+    sys.path.insert(0, os.getcwd())
+    try:
+        with redirect_stdout(sys.stderr):  # stdout is for the id
+            found: Any = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise NotSubmittable(
+            f"cannot import {module_name}: {error.msg}. Nothing was submitted: go to the directory that holds it, or set "
+            "PYTHONPATH."
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise NotSubmittable(
+            f"cannot import {module_name}: {type(error).__name__}: {error}. Nothing was submitted."
+        ) from error
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            raise NotSubmittable(f"{module_name} has no function {path!r}. Nothing was submitted.") from None
+    if not callable(found):
+        raise NotSubmittable(f"{text} is of type {type(found).__name__}, not a function. Nothing was submitted.")
+    return text
+
+
+def _arguments(words: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:
+    """One list: by position; one object: by name; else one word each."""
+    values = [_value(word) for word in words]
+    if len(values) == 1 and isinstance(values[0], list):
+        return values[0], {}
+    if len(values) == 1 and isinstance(values[0], dict):
+        return [], values[0]
+    return values, {}
+
+
+def _value(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except (ValueError, RecursionError):
+        raise BadInput(
+            f"the argument {word!r} is not JSON. Nothing was submitted: a text needs its quotes, as in '\"{word:.40}\"'."
+        ) from None
+
+
+def _encode(args: list[Any], kwargs: dict[str, Any]) -> bytes:
+    from kombu.utils import json as kombu_json
+
+    try:
+        return str(kombu_json.dumps([args, kwargs], allow_nan=False)).encode()
+    except (ValueError, RecursionError) as error:
+        raise NotSubmittable(f"the arguments cannot be written as JSON: {error}. Nothing was submitted.") from error

@@ -1,0 +1,104 @@
+"""The options that every submitting verb has, and what they become."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from aque.cli import ids
+from aque.cli.farm import Farm
+from aque.errors import BadInput
+from aque.submitter import Options
+from aque.values import Condition, Dependency
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([smhd]?)")
+
+
+def seconds(text: str) -> float:
+    """A length of time in seconds: 90, 90s, 1.5m, 2h, 1d. Raises BadInput."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise BadInput(
+            f"cannot read the time {text!r}: write seconds, or a number with s, m, h or d such as 90s or 2h."
+        )
+    return float(match[1]) * _UNITS[match[2]]
+
+
+class Seconds(click.ParamType):
+    """A length of time on the command line."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return value if isinstance(value, float) else seconds(value)
+
+
+_WHAT = [
+    click.option("--name", metavar="TEXT", default="", help="What to call it; else the command's or function's name."),
+    click.option("--queue", metavar="NAME", default="", help="The queue; workers choose which they serve."),
+    click.option("--priority", metavar="N", type=int, default=0, help="Higher starts first (default 0)."),
+    click.option("--memory", metavar="SIZE", default="0", help="Reserve memory: bytes, or with K, M, G or T."),
+    click.option("--host", metavar="GLOBS", default="", help="Run only on hosts such as 'node*,!node7'."),
+    click.option("--platform", metavar="NAME", default="", help="Run only on this platform, as Python's sys.platform."),
+    click.option("--after", metavar="IDS", multiple=True, help="Start when these tasks have succeeded."),
+    click.option("--after-any", metavar="IDS", multiple=True, help="Start when these tasks have ended, however."),
+    click.option("--after-failed", metavar="IDS", multiple=True, help="Start when these tasks have not succeeded."),
+    click.option("--io", metavar="PATH", multiple=True, help="A path that it reads or writes. May be repeated."),
+    click.option("--duration", metavar="TIME", type=Seconds(), default=0.0, help="Expected run time: 90s 5m 2h 1d."),
+    click.option("--time-limit", metavar="TIME", type=Seconds(), help="End it after this time."),
+    click.option("--max-attempts", metavar="N", type=int, default=1, help="Try it so often if it fails (default 1)."),
+]
+_CPUS = click.option(
+    "--cpus", metavar="CPUS", default="1", help="Reserve CPUs: 1.5, or 1/4, 25%, all of the machine, or 0 (default 1)."
+)
+_LOCAL = click.option("--local", is_flag=True, help="Start a worker for as long as this takes; implies --wait.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the id as a line of JSON.")
+
+
+def task_options(function: F) -> F:
+    """Add the options of every submitting verb; `read` makes `Options` of their values."""
+    return _add(function, [*_WHAT, _CPUS, _LOCAL, _JSON])
+
+
+def many_task_options(function: F) -> F:
+    """The same for a verb that has its own way to say how many CPUs each task takes."""
+    return _add(function, [*_WHAT, _LOCAL, _JSON])
+
+
+def _add(function: F, options: list[Callable[[F], F]]) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
+    """The values of `task_options`, by their names. Raises BadInput, or UnknownTask for a dependency that is not there."""
+    dependencies: dict[int, Condition] = {}
+    for option, condition in (
+        ("after", Condition.OK),
+        ("after_any", Condition.ANY),
+        ("after_failed", Condition.FAILED),
+    ):
+        for upstream in ids.resolve(farm, chosen[option], "Nothing was submitted.") if chosen[option] else ():
+            if dependencies.setdefault(upstream, condition) is not condition:
+                raise BadInput(
+                    f"task {upstream} is named by two of --after, --after-any and --after-failed: choose one."
+                )
+    return Options(
+        name=chosen["name"],
+        queue=chosen["queue"],
+        priority=chosen["priority"],
+        cpus=chosen["cpus"],
+        memory=chosen["memory"],
+        host=chosen["host"],
+        platform=chosen["platform"],
+        duration=chosen["duration"],
+        io_paths=chosen["io"],
+        time_limit=chosen["time_limit"],
+        max_attempts=chosen["max_attempts"],
+        dependencies=tuple(Dependency(upstream, condition) for upstream, condition in dependencies.items()),
+    )

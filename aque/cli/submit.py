@@ -1,0 +1,107 @@
+"""`aque submit`: run a command."""
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from aque.cli import captured, waiting
+from aque.cli.exit_status import exit_status, sentence
+from aque.cli.farm import Farm, open_farm
+from aque.cli.options import read, task_options
+from aque.cli.show import as_json, complain
+from aque.errors import BadInput
+from aque.states import State
+from aque.submitter import Submitter
+from aque.values import TaskSpec
+
+#: One word with any of these is meant for a shell.
+_FOR_A_SHELL = frozenset(" \t\n|<>;&")
+
+
+@click.command(name="submit", context_settings={"allow_interspersed_args": False})
+@task_options
+@click.option("--cwd", metavar="DIR", help="Run it in this directory; else in the current one.")
+@click.option("--stdin", metavar="FILE", help="Its standard input, read now (`-`: ours); else it has none.")
+@click.option("--shell", metavar="SCRIPT", help="Run a script of /bin/sh; the words that follow are its $1, $2, ...")
+@click.option("--wait", is_flag=True, help="Wait, then print what it wrote and exit as it did.")
+@click.option("--watch", is_flag=True, help="As --wait, and print what it writes as it comes.")
+@click.argument("words", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED)
+def command(words: tuple[str, ...], **chosen: Any) -> int:
+    """Run a command with this environment and working directory, and print its id.
+
+    Options end at the first word that is not one. The command is executed as it is, with no shell in between.
+    With --wait the id is on stderr, and the exit status is the command's own; 128+n after signal n, 124 after its time
+    limit, 125 if it never ran, 126 if it cannot be executed, 127 if there is no such command.
+
+    \b
+    aque submit -- gzip -9 scan.exr
+    aque submit --cpus 1/4 --memory 2G --after 12,20-29 -- render scene.blend
+    aque submit --wait --local -- make
+    aque submit --shell 'sort "$1" | uniq -c > counts' names.txt
+    """
+    argv = _argv(words, chosen["shell"])
+    with open_farm() as farm:
+        submitter = Submitter(farm.store, farm.settings)
+        options = read(farm, chosen)
+        stdin = _stdin(chosen["stdin"], farm.settings.stdin_limit_bytes)
+        (task_id,) = submitter.reserve(1)
+        cwd = os.path.abspath(chosen["cwd"]) if chosen["cwd"] else None
+        spec = submitter.command(task_id, argv, options, stdin=stdin, cwd=cwd)
+        states = submitter.submit([spec])
+        if not (chosen["wait"] or chosen["watch"] or chosen["local"]):
+            print_id(spec, states[task_id], chosen["as_json"], waits=False)
+            return 0
+        print_id(spec, states[task_id], chosen["as_json"], waits=True)
+        return _wait(farm, spec, chosen["watch"], chosen["local"])
+
+
+def print_id(spec: TaskSpec, state: State, as_line_of_json: bool, waits: bool) -> None:
+    """The id of what was submitted: on stdout, or on stderr if what the task writes comes there."""
+    line = str(spec.id)
+    if as_line_of_json:
+        job_id = spec.id if spec.job_id is None else spec.job_id
+        line = as_json({"id": spec.id, "job_id": job_id, "name": spec.name, "state": str(state)})
+    print(line, file=sys.stderr if waits else sys.stdout, flush=True)
+
+
+def _wait(farm: Farm, spec: TaskSpec, live: bool, local: bool) -> int:
+    try:
+        with waiting.someone_to_run(farm, [spec], local) as worker:
+            tail = captured.Tail(farm, spec.id)
+            for _ in waiting.until_ended(farm, [spec.id], local=worker, every=waiting.LIVE_SECONDS if live else 1.0):
+                if live:
+                    tail.copy()
+            if not live:
+                captured.copy(farm, [spec.id])
+            (end,) = waiting.ends(farm, [spec.id])
+    except KeyboardInterrupt:
+        return waiting.interrupted(spec.id, local)
+    if said := sentence(end):
+        complain(said)
+    return exit_status(end)
+
+
+def _argv(words: tuple[str, ...], script: str | None) -> list[str]:
+    if script is not None:
+        return ["/bin/sh", "-c", script, "aque", *words]
+    if len(words) == 1 and _FOR_A_SHELL.intersection(words[0]):
+        raise BadInput(
+            f"{words[0]!r} is one word, which would be the name of a program. Nothing was submitted: give the words of the "
+            "command one by one, or a script with --shell."
+        )
+    return list(words)
+
+
+def _stdin(path: str | None, limit: int) -> bytes | None:
+    """One byte more than allowed at most: enough to be refused."""
+    if path is None:
+        return None
+    if path == "-":
+        return sys.stdin.buffer.read(limit + 1)
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        raise BadInput(f"cannot read --stdin {path}: {error.strerror}. Nothing was submitted.") from error

@@ -1,0 +1,68 @@
+"""`aque worker`: run tasks on this machine."""
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from aque.cli.farm import open_farm
+from aque.errors import BadInput
+from aque.resources import parse_memory
+
+
+@click.command(name="worker", context_settings={"allow_interspersed_args": False})
+@click.option("--cpus", metavar="N", help="CPUs that tasks may reserve; else those that this process may use.")
+@click.option("--memory", metavar="SIZE", help="Memory that tasks may reserve, with K, M, G, T; else the machine's.")
+@click.option("-Q", "--queues", metavar="NAMES", help="The queues to serve, with commas; else the default queue.")
+@click.option(
+    "-c", "--concurrency", metavar="N", type=click.IntRange(min=1), help="Python tasks at once; else the CPUs."
+)
+@click.option("-n", "--name", metavar="NAME", help="The name of this worker, as Celery's -n.")
+@click.option("--one", is_flag=True, help="Run one task and exit.")
+@click.option("--to-end", is_flag=True, help="Exit when no unfinished task is left that this worker could run.")
+@click.option("-l", "--loglevel", metavar="LEVEL", default="INFO", help="DEBUG INFO WARNING ERROR (INFO).")
+@click.argument("celery_args", metavar="[-- CELERY ARGUMENTS...]", nargs=-1, type=click.UNPROCESSED)
+def command(celery_args: tuple[str, ...], **chosen: Any) -> int:
+    """Run tasks on this machine until it is told to stop (Ctrl-C; once more: at once).
+
+    A Celery worker with all that it has: `celery inspect`, events, Flower. What follows `--` goes to it as it is.
+
+    \b
+    aque worker
+    aque worker --cpus 8 --memory 24G --queues celery,render
+    aque worker --to-end
+    aque worker -- --max-tasks-per-child 100
+    """
+    if chosen["one"] and chosen["to_end"]:
+        raise BadInput("--one and --to-end say two different times to exit: choose one.")
+    _check_cpus(chosen["cpus"])
+    if chosen["memory"] is not None:
+        parse_memory(chosen["memory"])
+    queues = [name.strip() for name in (chosen["queues"] or "").split(",") if name.strip()]
+    with open_farm():
+        pass  # a store that cannot be used is one sentence here, and pages of log later
+    # As `python -m` has it: functions of the directory that one stands in can be run.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    from aque.celery_app import run_worker
+
+    return run_worker(
+        cpus=chosen["cpus"],
+        memory=chosen["memory"],
+        queues=queues or None,
+        concurrency=chosen["concurrency"],
+        name=chosen["name"],
+        until="one" if chosen["one"] else "end" if chosen["to_end"] else None,
+        loglevel=chosen["loglevel"].upper(),
+        celery_args=list(celery_args),
+    )
+
+
+def _check_cpus(text: str | None) -> None:
+    try:
+        if text is None or float(text) > 0:
+            return
+    except ValueError:
+        pass
+    raise BadInput(f"--cpus {text}: write how many CPUs tasks may reserve on this machine, such as 8 or 1.5.")

@@ -1,0 +1,64 @@
+"""The ledger of one worker: what is reserved and what is free. Never more than the whole, whoever asks at once."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from fractions import Fraction
+
+from aque.resources import Capacity
+
+
+class Ledger:
+    """Thread-safe reservations, and a line for those who must have their turn: ordinary Celery tasks."""
+
+    def __init__(self, whole: Capacity) -> None:
+        self.whole = whole
+        self._free = whole
+        self._lock = threading.Lock()
+        self._line: deque[tuple[Capacity, Callable[[], None]]] = deque()
+
+    @property
+    def free(self) -> Capacity:
+        """What is free now, less what the first in line waits for: later ones must not overtake it for ever."""
+        with self._lock:
+            if not self._line:
+                return self._free
+            left = self._free - self._line[0][0]
+            return Capacity(
+                max(left.cpus, Fraction(0)),
+                max(left.memory_bytes, 0),
+                max(left.python_slots, 0),
+                max(left.command_slots, 0),
+            )
+
+    def try_reserve(self, need: Capacity) -> bool:
+        """Reserve `need` if it is free."""
+        with self._lock:
+            if self._free.lacking(need) is not None:
+                return False
+            self._free = self._free - need
+            return True
+
+    def release(self, need: Capacity) -> None:
+        """Give a reservation back; starts what waited in line for it."""
+        with self._lock:
+            self._free = self._free + need
+            starts = self._serve()
+        for start in starts:
+            start()
+
+    def in_turn(self, need: Capacity, start: Callable[[], None]) -> None:
+        """Call `start` with `need` reserved: now, or as soon as it is free and those before have been served."""
+        with self._lock:
+            self._line.append((need, start))
+            starts = self._serve()
+        for begin in starts:
+            begin()
+
+    def _serve(self) -> list[Callable[[], None]]:
+        starts = []
+        while self._line and self._free.lacking(self._line[0][0]) is None:
+            need, start = self._line.popleft()
+            self._free = self._free - need
+            starts.append(start)
+        return starts

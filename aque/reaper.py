@@ -1,0 +1,90 @@
+"""The heartbeat: renew this worker's lease, and free the tasks of workers that are gone. A thread and connection of its own,
+so that nothing the scheduler does can make a healthy worker look dead."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from aque import doorbell, machine
+from aque.errors import StoreError
+from aque.store import Store, WorkerRow, is_database_error
+
+logger = logging.getLogger(__name__)
+
+
+def may_reap(row: WorkerRow, own_id: int, is_here: bool, is_alive: bool) -> bool:
+    """True if this worker's tasks may be freed: its process on this host is gone, or its lease has ended elsewhere.
+
+    A process that lives on this host keeps its tasks however late it is: a stopped process, a closed lid.
+    """
+    if row.info.id == own_id or row.state != "live":
+        return False
+    return not is_alive if is_here else row.expired_seconds > 0
+
+
+class Heartbeat:
+    """Beats three times per lease. `on_lost` is called when this worker has been declared lost itself."""
+
+    def __init__(
+        self, store: Store, worker_id: int, lease_seconds: float, max_lost: int, on_lost: Callable[[], int]
+    ) -> None:
+        self._store = store
+        self._worker_id = worker_id
+        self._period = lease_seconds / 3
+        self._lease_seconds = lease_seconds
+        self._max_lost = max_lost
+        self._on_lost = on_lost
+        self._stop = threading.Event()
+        self._host = machine.host_id()
+        self._patience_until = 0.0
+        self._thread = threading.Thread(target=self._run, name="aque-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Beat from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The last beat has been."""
+        self._stop.set()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while True:
+            try:
+                if time.monotonic() - last > 2 * self._period:
+                    self._be_patient()  # this process stood still: perhaps the whole machine did
+                self._beat()
+                last = time.monotonic()
+            except Exception as error:
+                if not isinstance(error, StoreError) and not is_database_error(error):
+                    logger.exception("the heartbeat failed")
+                self._be_patient()
+            if self._stop.wait(self._period):
+                return
+
+    def _be_patient(self) -> None:
+        """After an outage every lease has ended: let everybody renew before anybody is declared lost."""
+        self._patience_until = time.monotonic() + self._lease_seconds
+
+    def _beat(self) -> None:
+        with self._store.connect() as connection:
+            if not self._store.renew(connection, self._worker_id):
+                self._worker_id = self._on_lost()
+            rows = self._store.live_workers(connection)
+            for row in rows:
+                here = row.info.boot_id == self._host
+                alive = here and machine.is_alive(row.info.pid, row.info.pid_started)
+                if (here or time.monotonic() > self._patience_until) and may_reap(row, self._worker_id, here, alive):
+                    self._reap(row)
+
+    def _reap(self, row: WorkerRow) -> None:
+        with self._store.begin() as connection:
+            released = self._store.reap(connection, row, self._max_lost)
+        if released is not None:
+            logger.warning(
+                "worker %s (pid %s on %s) is gone: its tasks are free", row.info.name, row.info.pid, row.info.host
+            )
+            with self._store.connect() as connection:
+                doorbell.ring(connection, {doorbell.READY, doorbell.DONE})

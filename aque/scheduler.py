@@ -1,0 +1,561 @@
+"""The scheduler of one worker: a thread and its tick. One transaction finishes, releases and claims; then it rings.
+
+It is driven by events (a doorbell, a finish, a kill), never by a fixed sleep; a safety poll bounds a lost doorbell. It
+never touches the broker. Finishes arrive from the pool's and the commands' threads and start the next buffered task at
+once, without waiting for the tick.
+"""
+
+import logging
+import os
+import random
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from aque import chooser, claimer, doorbell, finisher
+from aque.errors import StoreError
+from aque.ledger import Ledger
+from aque.resources import Capacity
+from aque.settings import Settings
+from aque.states import ENDING_SIGNALS, Reason, State
+from aque.store import Finished, Kill, Store, is_data_error, is_database_error, transaction
+from aque.values import ClaimedTask, Outcome, ReadyTask
+
+logger = logging.getLogger(__name__)
+
+#: Output of running commands is written this often, and at most so much of it in one transaction.
+OUTPUT_SECONDS = 0.2
+OUTPUT_BYTES = 1 << 20
+#: With this much output waiting for the table, who writes more has to wait a moment.
+OUTPUT_LIMIT_BYTES = 32 << 20
+#: How fast a measured run time follows the latest runs; how many names are remembered.
+SMOOTHING = 0.3
+NAMES = 10_000
+#: Longest pause between two tries while the database is away.
+LONGEST_PAUSE = 5.0
+
+Until = Literal["one", "end"]
+
+
+class Running(Protocol):
+    """What the scheduler needs of an attempt that runs."""
+
+    killed: int | None
+
+    def kill(self, number: int, grace_seconds: float) -> None:
+        """End it."""
+
+    def signal(self, number: int) -> None:
+        """Deliver a signal."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A task that this worker runs, and what it has reserved for it."""
+
+    task: ClaimedTask
+    need: Capacity
+    began: float
+    attempt: Running | None = None
+    kill_at: float | None = None  #: when SIGKILL is due
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the next transaction has to write."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    started: list[tuple[int, int, float]] = field(default_factory=list)  #: id, token, when (monotonic)
+    output: list[tuple[int, int, int, int, bytes]] = field(default_factory=list)  #: task, attempt, fd, offset, data
+    delivered: list[Kill] = field(default_factory=list)
+    returned: list[tuple[int, int]] = field(default_factory=list)  #: id, token: to be given back
+
+    def __bool__(self) -> bool:
+        return bool(self.outcomes or self.started or self.output or self.delivered or self.returned)
+
+    def put_back(self, older: "Batch") -> None:
+        """What could not be written goes before what has come since."""
+        self.outcomes = older.outcomes + self.outcomes
+        self.started = older.started + self.started
+        self.output = older.output + self.output
+        self.delivered = older.delivered + self.delivered
+        self.returned = older.returned + self.returned
+
+
+class Scheduler:
+    """Claims, starts and finishes tasks for one worker. `start_task` starts an attempt and never raises."""
+
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        worker_id: int,
+        ledger: Ledger,
+        place: chooser.Place,
+        start_task: Callable[[ClaimedTask, Any], Running],
+        until: Until | None = None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._ledger = ledger
+        self._start_task = start_task
+        self._until = until
+        self._on_end = on_end
+        self._claimer = claimer.Claimer(store, place, self._seconds)
+        self._lock = threading.Lock()
+        self._worker_id = worker_id
+        self._running: dict[int, Entry] = {}
+        self._buffer: deque[ClaimedTask] = deque()
+        self._batch = Batch()
+        self._output_bytes = 0
+        self._output_since: float | None = None
+        self._output_written = threading.Condition(self._lock)
+        self._run_seconds: dict[str, float] = {}
+        self._look_ready = True  #: something may be there to claim
+        self._look_kills = True
+        self._waiting = False  #: at the last look there was more than fitted
+        self._started_any = False
+        self._draining = False
+        self._abandoned: set[int] = set()  #: tasks killed only because this worker stops: to be given back
+        self._stopped = threading.Event()
+        self._reconcile = False
+        self._one_by_one = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell: doorbell.Doorbell | None = None
+        self._connection: Any = None
+        self._thread = threading.Thread(target=self._run, name="aque-scheduler", daemon=True)
+
+    # -- from other threads -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Claim and run from now on."""
+        self._thread.start()
+
+    def finished(self, outcome: Outcome) -> None:
+        """An attempt is over. Its reservation is free at once; the row is written by the next tick."""
+        with self._lock:
+            entry = self._running.get(outcome.id)
+            if entry is None or entry.task.token != outcome.token:
+                return
+            del self._running[outcome.id]
+            if outcome.id in self._abandoned and outcome.state is State.KILLED:
+                self._batch.returned.append((outcome.id, outcome.token))
+            else:
+                self._batch.outcomes.append(outcome)
+            if outcome.state is State.SUCCESS:
+                self._measure(entry.task.name, outcome.ran_seconds)
+            self._look_ready = self._look_ready or self._waiting
+        self._ledger.release(entry.need)
+        self._start_buffered()
+        self._wake()
+
+    def wrote(self, task: ClaimedTask, fd: int, offset: int, data: bytes) -> None:
+        """A command wrote something: kept for the next tick that writes output."""
+        with self._output_written:
+            self._batch.output.append((task.id, task.attempt, fd, offset, data))
+            self._output_bytes += len(data)
+            tell = self._output_since is None or self._output_bytes > OUTPUT_BYTES
+            if self._output_since is None:
+                self._output_since = time.monotonic()
+        if tell:
+            self._wake()
+        with self._output_written:
+            if self._output_bytes > OUTPUT_LIMIT_BYTES:
+                self._output_written.wait(1.0)
+
+    def serve(self, queues: Iterable[str]) -> None:
+        """Claim from these queues from now on."""
+        names = frozenset(queues)
+        self._claimer.serve(names)
+        with self._store.connect() as connection:
+            self._store.set_queues(connection, self._worker_id, names)
+        self.look()
+
+    def look(self) -> None:
+        """Something may be ready, or somebody may have killed something."""
+        self._look_ready = self._look_kills = True
+        self._wake()
+
+    def lost(self, new_worker_id: int) -> None:
+        """The lease is gone: others may run what this worker has. Kill it all; what it reports is refused by its token."""
+        with self._lock:
+            self._worker_id = new_worker_id
+            self._buffer.clear()
+            entries = list(self._running.values())
+        logger.error(
+            "this worker was declared lost: its %d running tasks are killed, their outcomes dropped", len(entries)
+        )
+        for entry in entries:
+            self._kill(entry, 9)
+        self.look()
+
+    def running(self) -> list[ClaimedTask]:
+        """What runs now."""
+        with self._lock:
+            return [entry.task for entry in self._running.values()]
+
+    def drain(self) -> None:
+        """Claim nothing more, and give back what has not started."""
+        self._draining = True
+        self._wake()
+
+    def stop(self, drain_seconds: float) -> None:
+        """Drain; after `drain_seconds` kill what still runs and give it back, without spending an attempt."""
+        self.drain()
+        deadline = time.monotonic() + drain_seconds
+        while self.running() and time.monotonic() < deadline and self._thread.is_alive():
+            self._stopped.wait(0.05)
+        with self._lock:
+            left = [entry for entry in self._running.values() if entry.kill_at is None]
+            self._abandoned.update(entry.task.id for entry in left)
+        for entry in left:
+            logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
+            self._kill(entry, 9)
+        deadline = time.monotonic() + 10
+        while self.running() and time.monotonic() < deadline:
+            self._stopped.wait(0.02)
+        self._stopped.set()
+        self._wake()
+        self._thread.join(10)
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            try:
+                self._wait(pause)
+                self._tick()
+                pause = 0.0
+            except Exception as error:
+                if isinstance(error, StoreError) or is_database_error(error):
+                    logger.error("the store failed, running tasks go on: %s", str(error).splitlines()[0])
+                elif not isinstance(error, ConnectionResetError):
+                    logger.exception("the scheduler's tick failed")
+                self._disconnect()
+                self._reconcile = True  # a commit may have happened all the same
+                pause = min(LONGEST_PAUSE, 2 * pause or 0.05)
+            if self._stopped.is_set():
+                with self._lock:
+                    left = bool(self._batch)
+                if not left or pause > 1.0:
+                    break
+        self._disconnect()
+
+    def _wait(self, pause: float) -> None:
+        """Until something happens, or a poll is due; after a failure `pause` seconds."""
+        if pause:
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            self._look_ready = self._look_kills = True
+            return
+        self._connect()
+        with self._lock:
+            now = time.monotonic()
+            due = [self._settings.poll_seconds * random.uniform(0.8, 1.2)]
+            due += [entry.kill_at - now for entry in self._running.values() if entry.kill_at is not None]
+            if self._output_since is not None:
+                due.append(self._output_since + OUTPUT_SECONDS - now)
+        assert self._bell is not None
+        began = time.monotonic()
+        doorbell.wait_readable([self._wake_fd, self._bell.fileno()], min(due))
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            pass
+        rung = self._bell.drain()
+        polled = not rung and time.monotonic() - began >= self._settings.poll_seconds * 0.8
+        self._look_ready = self._look_ready or doorbell.READY in rung or polled
+        self._look_kills = self._look_kills or doorbell.KILL in rung or polled
+
+    def _tick(self) -> None:
+        connection = self._connection
+        if self._reconcile:
+            self._give_back_unknown(connection)
+        if self._look_kills:
+            self._look_kills = False
+            self._carry_out_kills(self._store.requested_kills(connection, self._worker_id))
+        self._escalate_kills()
+        if self._draining:
+            self._return_buffer()
+        picked = self._look(connection)
+        batch = self._take_batch()
+        if batch or picked.start or picked.ahead:
+            self._write(connection, batch, picked)
+        if self._until is not None:
+            self._check_end(connection, picked)
+
+    def _look(self, connection: Any) -> claimer.Picked:
+        """Choose, and reserve for what was chosen; nothing if there is no reason to look."""
+        with self._lock:
+            buffered = len(self._buffer)
+            done = self._until == "one" and self._started_any
+            if not self._look_ready or self._draining or done or buffered > chooser.BUFFER_TASKS // 2:
+                return claimer.Picked([], [], self._waiting)
+            self._look_ready = False
+        picked = self._claimer.look(connection, self._ledger.free, buffered)
+        self._waiting = picked.more
+        if self._until == "one":
+            picked = claimer.Picked(picked.start[:1], [], picked.more)
+        return replace(picked, start=self._reserve(picked.start))
+
+    def _reserve(self, tasks: list[ReadyTask]) -> list[ReadyTask]:
+        return [task for task in tasks if self._ledger.try_reserve(self._claimer.need(task.class_id))]
+
+    def _take_batch(self) -> Batch:
+        """What there is to write; output only when it is due or there is something else to write."""
+        with self._lock:
+            batch, self._batch = self._batch, Batch()
+            ended = {outcome.id for outcome in batch.outcomes}
+            due = self._output_since is not None and time.monotonic() - self._output_since >= OUTPUT_SECONDS
+            room = OUTPUT_BYTES if due or self._output_bytes > OUTPUT_BYTES else 0
+            now, later = [], []
+            for piece in batch.output:
+                if piece[0] in ended or room > 0:
+                    now.append(piece)
+                    room -= len(piece[4])
+                else:
+                    later.append(piece)
+            batch.output, self._batch.output = now, later
+            self._output_bytes = sum(len(piece[4]) for piece in later)
+            self._output_since = self._output_since if later else None
+            self._output_written.notify_all()
+            batch.started = [start for start in batch.started if start[0] not in ended]
+        return batch
+
+    def _write(self, connection: Any, batch: Batch, picked: claimer.Picked) -> None:
+        """The transaction, and then everything that must not happen before it has committed."""
+        token = secrets.randbits(62)
+        reserved = list(picked.start)
+        try:
+            with transaction(connection):
+                now = time.monotonic()
+                self._store.append_output(connection, batch.output)
+                self._store.start(connection, [(i, claim, now - when) for i, claim, when in batch.started])
+                self._store.signal_delivered(connection, batch.delivered)
+                returned = self._store.give_back(connection, batch.returned)
+                finished = finisher.finish(self._store, connection, batch.outcomes, self._one_by_one)
+                if finished.ready and not self._draining and self._until != "one":
+                    reserved += self._reserve(
+                        self._claimer.choose_released(connection, finished.ready, self._ledger.free)
+                    )
+                started = self._claimer.claim(connection, reserved, self._worker_id, token, State.RUNNING)
+                buffered = self._claimer.claim(connection, picked.ahead, self._worker_id, token + 1, State.CLAIMED)
+        except Exception as error:
+            for task in reserved:
+                self._ledger.release(self._claimer.need(task.class_id))
+            with self._lock:
+                self._batch.put_back(batch)
+            self._one_by_one = is_data_error(error)
+            raise
+        self._one_by_one = False
+        self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
+
+    def _after_commit(
+        self,
+        connection: Any,
+        finished: Finished,
+        reserved: list[ReadyTask],
+        started: list[ClaimedTask],
+        buffered: list[ClaimedTask],
+        returned: bool,
+    ) -> None:
+        got = {task.id for task in started}
+        for task in reserved:
+            if task.id not in got:
+                self._ledger.release(self._claimer.need(task.class_id))
+        if finished.refused:
+            logger.warning("lost_lease: the outcomes of tasks %s were refused, others have them", finished.refused[:20])
+        rings = set()
+        if finished.ended or finished.skipped or finished.groups:
+            rings.add(doorbell.DONE)
+        if returned or finished.repeated or any(task.id not in got for task in finished.ready):
+            rings.add(doorbell.READY)
+            self._look_ready = True
+        if doorbell.DONE in rings:
+            doorbell.ring(connection, rings)
+            rings = set()
+        self._start_all(connection, started)
+        if buffered:
+            buffered = self._with_inputs(connection, buffered)
+            with self._lock:
+                self._buffer.extend(buffered)
+            self._start_buffered()
+        if rings:
+            doorbell.ring(connection, rings)
+
+    def _start_all(self, connection: Any, tasks: list[ClaimedTask]) -> None:
+        self._started_any = self._started_any or bool(tasks)
+        for task in self._with_inputs(connection, tasks, reserved=True):
+            entry = Entry(task, self._claimer.need(task.class_id), time.monotonic())
+            with self._lock:
+                self._running[task.id] = entry
+            self._begin(entry)
+
+    def _with_inputs(self, connection: Any, tasks: list[ClaimedTask], reserved: bool = False) -> list[ClaimedTask]:
+        """The tasks with the results that their arguments name; one with too many bytes of them ends here."""
+        wanted = {upstream for task in tasks for upstream in task.inputs}
+        if not wanted:
+            return tasks
+        try:
+            values = self._store.values(connection, wanted)
+        except Exception:  # none of them has started: they go back when the connection does
+            for task in tasks if reserved else ():
+                self._ledger.release(self._claimer.need(task.class_id))
+            raise
+        complete = []
+        for task in tasks:
+            results = {upstream: values.get(upstream, b"null") for upstream in task.inputs}
+            if sum(map(len, results.values())) > self._settings.inputs_limit_bytes:
+                with self._lock:
+                    self._batch.outcomes.append(
+                        Outcome(task.id, task.attempt, task.token, State.ERROR, Reason.INPUTS_TOO_LARGE)
+                    )
+                if reserved:
+                    self._ledger.release(self._claimer.need(task.class_id))
+                self._wake()
+            else:
+                complete.append(replace(task, results=results))
+        return complete
+
+    def _begin(self, entry: Entry) -> None:
+        """Start a task that is in `_running`. A kill that came between is carried out now."""
+        attempt = self._start_task(entry.task, entry.need.cpus)
+        with self._lock:
+            entry.attempt = attempt
+            due = entry.kill_at is not None
+        if due:
+            self._look_kills = True
+            self._wake()
+
+    def _start_buffered(self) -> None:
+        """Start what was claimed ahead, as far as it fits."""
+        while True:
+            with self._lock:
+                if not self._buffer or self._draining:
+                    return
+                need = self._claimer.need(self._buffer[0].class_id)
+                if not self._ledger.try_reserve(need):
+                    return
+                task = self._buffer.popleft()
+                self._look_ready = self._look_ready or self._waiting
+                entry = Entry(task, need, time.monotonic())
+                self._running[task.id] = entry
+                self._batch.started.append((task.id, task.token, entry.began))
+            self._begin(entry)
+
+    def _return_buffer(self) -> None:
+        with self._lock:
+            self._batch.returned += [(task.id, task.token) for task in self._buffer]
+            self._buffer.clear()
+
+    # -- kills --------------------------------------------------------------------------------------------------------
+
+    def _carry_out_kills(self, kills: list[Kill]) -> None:
+        for kill in kills:
+            with self._lock:
+                entry = self._running.get(kill.id)
+                known = {(o.id, o.token) for o in self._batch.outcomes}
+                if (entry is None or entry.task.token != kill.token) and (kill.id, kill.token) not in known:
+                    # In the buffer, or never heard of after a commit in doubt: it has not started, and now it will not.
+                    self._buffer = deque(task for task in self._buffer if task.id != kill.id)
+                    self._batch.outcomes.append(
+                        Outcome(kill.id, kill.attempt, kill.token, State.CANCELLED, Reason.REQUEST)
+                    )
+            if entry is None or entry.task.token != kill.token:
+                continue
+            if kill.signal in ENDING_SIGNALS:
+                if entry.attempt is not None and entry.attempt.killed != kill.signal:
+                    self._kill(entry, kill.signal)
+            elif entry.attempt is not None:
+                entry.attempt.signal(kill.signal)
+                with self._lock:
+                    self._batch.delivered.append(kill)
+
+    def _kill(self, entry: Entry, number: int) -> None:
+        grace = self._settings.kill_grace_seconds
+        entry.kill_at = time.monotonic() + grace
+        if entry.attempt is not None:
+            entry.attempt.kill(number, grace)
+
+    def _escalate_kills(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            due = [entry for entry in self._running.values() if entry.kill_at is not None and entry.kill_at <= now]
+        for entry in due:
+            entry.kill_at = now + 1.0
+            if entry.attempt is not None:
+                entry.attempt.kill(9, 0.0)
+
+    # -- measured run times -------------------------------------------------------------------------------------------
+
+    def _seconds(self, name: str) -> float | None:
+        return self._run_seconds.get(name)
+
+    def _measure(self, name: str, seconds: float) -> None:
+        before = self._run_seconds.get(name)
+        if before is None and len(self._run_seconds) >= NAMES:
+            self._run_seconds.clear()
+        self._run_seconds[name] = seconds if before is None else before + SMOOTHING * (seconds - before)
+
+    # -- the connection, and what a broken one leaves -------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        if self._connection is None:
+            with self._store.connect():
+                pass  # raises StoreUnreachable with a sentence
+            self._connection = self._store.engine.connect()
+            self._bell = doorbell.Doorbell(self._store.engine, [doorbell.READY, doorbell.KILL])
+            self._look_ready = self._look_kills = True
+
+    def _disconnect(self) -> None:
+        bell, self._bell = self._bell, None
+        connection, self._connection = self._connection, None
+        if bell is not None:
+            bell.close()
+        if connection is not None:
+            try:
+                connection.invalidate()
+                connection.close()
+            except Exception as error:
+                logger.debug("closing a broken connection: %s", error)
+
+    def _give_back_unknown(self, connection: Any) -> None:
+        """After a commit in doubt: the table may say that this worker has tasks of which it never heard."""
+        with self._lock:
+            known = {(e.task.id, e.task.token) for e in self._running.values()} | {
+                (t.id, t.token) for t in self._buffer
+            }
+            known |= {(o.id, o.token) for o in self._batch.outcomes}
+        held = self._store.claims_of(connection, self._worker_id)
+        unknown = [claim for claim in held if claim not in known]
+        if unknown:
+            with transaction(connection):
+                self._store.give_back(connection, unknown)
+            doorbell.ring(connection, {doorbell.READY})
+            self._look_ready = True
+        self._reconcile = False
+
+    # -- a worker that ends by itself ---------------------------------------------------------------------------------
+
+    def _check_end(self, connection: Any, picked: claimer.Picked) -> None:
+        """`one`: after the first task; `end`: when nothing is left that this worker could run or wait for."""
+        with self._lock:
+            busy = bool(self._running or self._buffer or self._batch)
+        if busy or picked.start or picked.ahead or self._draining:
+            return
+        if self._until == "one":
+            over = self._started_any
+        else:
+            left = self._claimer.look(connection, self._ledger.whole, 0)
+            over = not left.start and not self._store.is_anything_active(connection)
+        if over:
+            self._draining = True
+            self._on_end()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
