@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from celery.backends.base import Backend as CeleryBackend
+from celery.backends.base import BaseBackend as CeleryBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 
 from aque import codec

@@ -213,6 +213,7 @@ class ConsumerStep(bootsteps.StartStopStep):
             consumer.on_task_request = lambda request: aque.charge(request, self._handle)
             for name in ("add_task_queue", "cancel_task_queue"):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
+        _look_up_from_waiting(consumer.connection)
         consumer.update_strategies()  # they have closed over the handler that was there before
         dispatcher = consumer.event_dispatcher
         if dispatcher is not None:
@@ -244,6 +245,12 @@ def _whole(settings: Settings, pool: Any) -> Capacity:
     return Capacity(cpus, memory, pool.limit, max(FREE_COMMANDS_PER_CPU, int(FREE_COMMANDS_PER_CPU * cpus)))
 
 
+def _look_up_from_waiting(connection: Any) -> None:
+    """Celery's loop waits 2 s for messages before it looks whether it should stop: let it look four times as often."""
+    drain_events = connection.drain_events
+    connection.drain_events = lambda timeout=None: drain_events(timeout=None if timeout is None else min(timeout, 0.5))
+
+
 def _end_worker() -> None:
     celery_state.should_stop = EX_OK
 
@@ -253,6 +260,8 @@ def _prepare(sender: Any, **_: Any) -> None:
     """Before the pool forks: the loop that goes on without a broker, and the server of the supervisors."""
     if WorkerStep not in sender.app.steps["worker"]:
         return
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # functions beside the worker, as `python -m` finds them
     pool = get_implementation(sender.pool_cls) if isinstance(sender.pool_cls, str) else sender.pool_cls
     if issubclass(pool, PreforkPool):
         # In the hub's loop the thread that waits for the broker is the one that reads the pool's results: while the broker

@@ -331,7 +331,6 @@ def run_worker(
         arguments += ["-c", str(concurrency)]
     if name:
         arguments += ["-n", name]
-    sys.path.insert(0, os.getcwd())  # functions beside the worker, as `celery worker` finds them
     try:
         app.worker_main([*arguments, *celery_args])
     except SystemExit as end:

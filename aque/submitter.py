@@ -133,6 +133,9 @@ class Submitter:
 
     def _spec(self, task_id: int, options: Options, pattern: Pattern, name: str) -> TaskSpec:
         cpus = CpuRequest.parse(options.cpus).text
+        dependencies = tuple(dict.fromkeys(options.dependencies))
+        if len({d.upstream for d in dependencies}) < len(dependencies):
+            raise BadInput("a task can depend on another one in one way only: ok, any or failed. Nothing was submitted.")
         return TaskSpec(
             id=task_id,
             name=_text("name", options.name or name),
@@ -147,7 +150,7 @@ class Submitter:
             priority=_integer("priority", options.priority, -(1 << 31), (1 << 31) - 1),
             duration=_seconds("duration", options.duration),
             io_paths=tuple(os.fsencode(path) for path in options.io_paths),
-            dependencies=tuple(dict.fromkeys(options.dependencies)),
+            dependencies=dependencies,
             job_id=options.job_id,
             parent_id=options.parent_id if options.parent_id is not None else self._parent(),
             layer=_text("layer", options.layer),

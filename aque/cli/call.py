@@ -118,6 +118,7 @@ def _encode(args: list[Any], kwargs: dict[str, Any]) -> bytes:
     from kombu.utils import json as kombu_json
 
     try:
-        return str(kombu_json.dumps([args, kwargs], allow_nan=False)).encode()
+        encoded: str = kombu_json.dumps([args, kwargs], allow_nan=False)  # type: ignore[no-untyped-call]
+        return encoded.encode()
     except (ValueError, RecursionError) as error:
         raise NotSubmittable(f"the arguments cannot be written as JSON: {error}. Nothing was submitted.") from error

@@ -54,8 +54,8 @@ def _latest(farm: Farm, ids: list[int]) -> Iterator[tuple[int, bytes]]:
             found = farm.store.outputs(connection, together)
             for task_id in together:
                 for fd in (STDOUT, STDERR):
-                    if data := found.get((task_id, fd)):
-                        yield fd, data
+                    if (task_id, fd) in found:
+                        yield fd, found[task_id, fd]
 
 
 def pieces(farm: Farm, task_id: int, attempt: int, fd: int, offset: int = 0) -> Iterator[bytes]:

@@ -97,7 +97,7 @@ def error_text(stored: bytes | None) -> str:
     lines = str(error.get("traceback") or "").strip().splitlines()
     if lines:
         return lines[-1]
-    kind, message = str(error.get("type") or ""), str(error.get("message") or "")
+    kind, message = str(error.get("type") or "").removeprefix("builtins."), str(error.get("message") or "")
     return message if kind in ("", "CommandFailed") else f"{kind}: {message}"
 
 

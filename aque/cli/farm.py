@@ -13,7 +13,7 @@ from aque.settings import Settings
 from aque.store import Store, WorkerRow, open_store
 
 #: So many ids go into one query: databases bound the parameters of a statement.
-BATCH = 5000
+BATCH = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ class LocalWorker:
     """A worker process of ours."""
 
     def __init__(self, queues: Iterable[str]) -> None:
-        self._log = tempfile.TemporaryFile(prefix="aque-worker-")
+        self._log = tempfile.TemporaryFile(prefix="aque-worker-")  # noqa: SIM115 - `stop` closes it
         command = [sys.executable, "-m", "aque.cli.main", "worker", "--to-end", "--loglevel", "WARNING"]
         command += ["--name", f"local-{os.getpid()}@%h", "--queues", ",".join(dict.fromkeys(queues))]
         self._process = subprocess.Popen(

@@ -98,13 +98,17 @@ def run(command: click.Command, program: str, arguments: Sequence[str]) -> int:
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
         return _leave_broken_pipe()
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error, click.Abort) and not isinstance(error.__cause__, KeyboardInterrupt):
+            complain("nothing was done.")  # the answer to a question was no
+            return 1
         complain("interrupted.")
         return 130
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else program
         text = error.format_message()
-        complain(f"{text[:1].lower()}{text[1:].rstrip('.')}. `{path} --help` shows how to use it.")
+        end = "" if text.endswith(("?", ".")) else "."
+        complain(f"{text[:1].lower()}{text[1:]}{end} `{path} --help` shows how to use it.")
         return error.exit_code
     except click.ClickException as error:
         complain(error.format_message())

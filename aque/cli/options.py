@@ -28,13 +28,9 @@ def seconds(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-class Seconds(click.ParamType):
-    """A length of time on the command line."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        return value if isinstance(value, float) else seconds(value)
+def in_seconds(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    """The callback of an option that takes a length of time."""
+    return None if value is None else seconds(value)
 
 
 _WHAT = [
@@ -48,8 +44,10 @@ _WHAT = [
     click.option("--after-any", metavar="IDS", multiple=True, help="Start when these tasks have ended, however."),
     click.option("--after-failed", metavar="IDS", multiple=True, help="Start when these tasks have not succeeded."),
     click.option("--io", metavar="PATH", multiple=True, help="A path that it reads or writes. May be repeated."),
-    click.option("--duration", metavar="TIME", type=Seconds(), default=0.0, help="Expected run time: 90s 5m 2h 1d."),
-    click.option("--time-limit", metavar="TIME", type=Seconds(), help="End it after this time."),
+    click.option(
+        "--duration", metavar="TIME", default="0", callback=in_seconds, help="Expected run time: 90s 5m 2h 1d."
+    ),
+    click.option("--time-limit", metavar="TIME", callback=in_seconds, help="End it after this time."),
     click.option("--max-attempts", metavar="N", type=int, default=1, help="Try it so often if it fails (default 1)."),
 ]
 _CPUS = click.option(

@@ -25,8 +25,8 @@ FIELDS = (
     "id", "name", "state", "reason", "attempt", "worker", "exit_code", "signal", "priority", "cpus", "memory",
     "depends_on", "parent_id", "job_id", "submitter", "submitted_at", "started_at", "finished_at",
 )  # fmt: skip
-#: What `why` is made of besides.
-_FOR_WHY = ("queue", "pattern", "host", "platform", "unmet")
+#: What `why` is made of.
+_FOR_WHY = ("state", "cpus", "memory", "queue", "pattern", "host", "platform", "unmet")
 _TABLE = (
     "id", "state", "reason", "exit_code", "signal", "cpus", "memory", "worker", "submitted_at", "started_at",
     "finished_at", "name",
@@ -74,8 +74,7 @@ def command(
         newest = limit if limit or for_programs else NEWEST
         needs_why = as_lines_of_json or not for_programs or "why" in fields
         wanted = [name for name in fields if name != "why"]
-        # Without `why`, neither its fields nor the workers are asked for.
-        asked = list(dict.fromkeys([*wanted, *FIELDS_OF_WHY])) if needs_why else wanted
+        asked = list(dict.fromkeys([*wanted, *_FOR_WHY])) if needs_why else wanted
         shown = ""
         if words:
             rows = _select(farm, ids.resolve(farm, words), where, asked)
@@ -96,9 +95,6 @@ def command(
         else:
             _print_table(farm, rows, shown, newest if not words else None)
     return 0
-
-
-FIELDS_OF_WHY = ("state", "cpus", "memory", *_FOR_WHY)
 
 
 def why(row: dict[str, Any], places: Sequence[Place]) -> str | None:
@@ -130,7 +126,7 @@ def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:
 
 def _csv_fields(text: str) -> tuple[str, ...]:
     fields = tuple(word.strip() for word in text.split(","))
-    known = (*FIELDS, *_FOR_WHY, "layer", "seq", "lost", "progress", "duration", "celery_id", "why")
+    known = (*dict.fromkeys([*FIELDS, *_FOR_WHY]), "layer", "seq", "lost", "progress", "duration", "celery_id", "why")
     for name in fields:
         if name not in known:
             raise BadInput(f"there is no field {name!r}; there are: {', '.join(known)}.")

@@ -5,12 +5,12 @@ import click
 from aque.cli import ids, waiting
 from aque.cli.exit_status import INTERRUPTED, TIMED_OUT
 from aque.cli.farm import open_farm
-from aque.cli.options import Seconds
+from aque.cli.options import in_seconds
 from aque.cli.show import complain, count
 
 
 @click.command(name="wait")
-@click.option("--timeout", metavar="TIME", type=Seconds(), help="Wait no longer than this, then exit with 124.")
+@click.option("--timeout", metavar="TIME", callback=in_seconds, help="Wait no longer than this, then exit with 124.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print how each ended.")
 @click.argument("words", metavar="IDS...", nargs=-1, required=True)
 def command(words: tuple[str, ...], timeout: float | None, quiet: bool) -> int:

@@ -1,7 +1,5 @@
 """`aque worker`: run tasks on this machine."""
 
-import os
-import sys
 from typing import Any
 
 import click
@@ -42,9 +40,6 @@ def command(celery_args: tuple[str, ...], **chosen: Any) -> int:
     queues = [name.strip() for name in (chosen["queues"] or "").split(",") if name.strip()]
     with open_farm():
         pass  # a store that cannot be used is one sentence here, and pages of log later
-    # As `python -m` has it: functions of the directory that one stands in can be run.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     from aque.celery_app import run_worker
 
     return run_worker(

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ import click
 from aque.cli import captured, waiting, xargs_input
 from aque.cli.exit_status import INTERRUPTED, sentence, stop_status, xargs_status
 from aque.cli.farm import Farm, batches, open_farm
+from aque.cli.local_worker import LocalWorker
 from aque.cli.options import many_task_options, read
 from aque.cli.show import as_json, complain, count
 from aque.doorbell import DONE, ring
@@ -27,6 +29,12 @@ OWN_ERROR = 1
 PROGRESS_SECONDS = 0.5
 
 
+class XargsUsageError(click.UsageError):
+    """A mistake in the options."""
+
+    exit_code = OWN_ERROR
+
+
 class Xargs(click.Command):
     """A verb whose mistakes in use are xargs's exit status 1, not 2."""
 
@@ -34,8 +42,7 @@ class Xargs(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
-            error.exit_code = OWN_ERROR
-            raise
+            raise XargsUsageError(error.format_message(), error.ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -83,9 +90,10 @@ def command(words: tuple[str, ...], **chosen: Any) -> int:
     argvs: list[list[bytes]] = []
     broken = ""
     try:
-        argvs += _commands([os.fsencode(word) for word in words] or [b"echo"], chosen)
-    except _Broken as error:
-        argvs, broken = error.before, error.why
+        for argv in _commands([os.fsencode(word) for word in words] or [b"echo"], chosen):
+            argvs.append(argv)
+    except xargs_input.BadXargsInput as error:
+        broken = str(error)  # what came before is run all the same
     if chosen["verbose"]:
         for argv in argvs:
             print(shlex.join(map(os.fsdecode, argv)), file=sys.stderr)
@@ -96,32 +104,17 @@ def command(words: tuple[str, ...], **chosen: Any) -> int:
     return status
 
 
-class _Broken(Exception):
-    """The input breaks off: what came before is run all the same."""
-
-    def __init__(self, before: list[list[bytes]], why: str) -> None:
-        self.before = before
-        self.why = why
-
-
 def _commands(initial: list[bytes], chosen: dict[str, Any]) -> Iterator[list[bytes]]:
     if chosen["max_args"] and chosen["max_lines"]:
         complain("-n and -L exclude each other: -n is used.")
         chosen["max_lines"] = None
-    data = _read(chosen["arg_file"])
-    before: list[list[bytes]] = []
-    try:
-        for argv in xargs_input.commands(
-            initial,
-            _words(data, chosen),
-            max_args=chosen["max_args"],
-            max_lines=chosen["max_lines"],
-            run_if_empty=not chosen["no_run_if_empty"],
-        ):
-            before.append(argv)
-    except xargs_input.BadXargsInput as error:
-        raise _Broken(before, str(error)) from error
-    yield from before
+    return xargs_input.commands(
+        initial,
+        _words(_read(chosen["arg_file"]), chosen),
+        max_args=chosen["max_args"],
+        max_lines=chosen["max_lines"],
+        run_if_empty=not chosen["no_run_if_empty"],
+    )
 
 
 def _words(data: bytes, chosen: dict[str, Any]) -> Iterator[xargs_input.Word]:
@@ -187,7 +180,7 @@ def _submit(farm: Farm, argvs: list[list[bytes]], chosen: dict[str, Any]) -> lis
     return [job, *specs]
 
 
-def _wait(farm: Farm, job_id: int, members: list[int], worker: waiting.LocalWorker | None) -> int:
+def _wait(farm: Farm, job_id: int, members: list[int], worker: LocalWorker | None) -> int:
     """Print what the commands write, in their order, and how they ended as an exit status."""
     found: dict[int, StoredResult] = {}
     withdrawn: set[int] = set()
@@ -195,7 +188,7 @@ def _wait(farm: Farm, job_id: int, members: list[int], worker: waiting.LocalWork
     progress = _Progress(farm, job_id, len(members))
     for done in waiting.until_ended(farm, members, local=worker, every=PROGRESS_SECONDS):
         ended = waiting.ends(farm, done)
-        found |= {end.id: end for end in ended}
+        found |= {end.id: replace(end, value=None) for end in ended}  # a command's result holds what it wrote
         if not withdrawn and any(stop_status(end) for end in ended):
             withdrawn = set(_withdraw(farm, [task_id for task_id in members if task_id not in found]))
         start = printed
@@ -225,7 +218,7 @@ def _withdraw(farm: Farm, ids: list[int]) -> Iterator[int]:
         return [task_id for task_id, state in after.items() if state is State.CANCELLED and task_id not in before]
 
     for batch in batches(ids):
-        yield from again(lambda batch=batch: work(batch))  # type: ignore[misc]
+        yield from again(partial(work, batch))
     with farm.store.connect() as connection:
         ring(connection, {DONE})
 

@@ -1,5 +1,6 @@
 """The version of the tables: made and upgraded by the Alembic migrations in this package, checked by everything else."""
 
+import logging
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -45,6 +46,7 @@ def upgrade(engine: sa.Engine) -> str | None:
     from alembic import command
     from alembic.config import Config
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     with reachable(engine), engine.connect() as connection, transaction(connection):
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('aque_schema'))")
