@@ -45,8 +45,10 @@ class Claimer:
 
     def look(self, connection: Any, free: Capacity, buffered: int) -> Picked:
         """Read what is ready, outside of any transaction, and choose: nothing is claimed yet."""
-        fitting = self._fitting(self._store.ready_classes(connection))
-        ready = self._store.candidates(connection, list(fitting), LOOK)
+        unfit = [class_id for class_id, never in self._never.items() if never]
+        found = self._store.candidates(connection, unfit, LOOK)
+        fitting = self._fitting(self._store.requirements(connection, found))
+        ready = [row for class_id, row in found.items() if class_id in fitting]
         start, _ = chooser.choose(ready, free, fitting, LOOK)
         chosen = {task.id for task in start}
         rest = [[task for task in row if task.id not in chosen] for row in ready]

@@ -135,7 +135,9 @@ class Submitter:
         cpus = CpuRequest.parse(options.cpus).text
         dependencies = tuple(dict.fromkeys(options.dependencies))
         if len({d.upstream for d in dependencies}) < len(dependencies):
-            raise BadInput("a task can depend on another one in one way only: ok, any or failed. Nothing was submitted.")
+            raise BadInput(
+                "a task can depend on another one in one way only: ok, any or failed. Nothing was submitted."
+            )
         return TaskSpec(
             id=task_id,
             name=_text("name", options.name or name),

@@ -98,6 +98,10 @@ def run(command: click.Command, program: str, arguments: Sequence[str]) -> int:
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
         return _leave_broken_pipe()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # click has seen it first
+            return _leave_broken_pipe()
+        raise
     except (KeyboardInterrupt, click.Abort) as error:
         if isinstance(error, click.Abort) and not isinstance(error.__cause__, KeyboardInterrupt):
             complain("nothing was done.")  # the answer to a question was no

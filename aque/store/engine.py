@@ -55,7 +55,7 @@ def open_engine(url: str, **options: Any) -> sa.Engine:
         )
         sa.event.listen(engine, "connect", _prepare_sqlite)
         return engine
-    return sa.create_engine(
+    engine = sa.create_engine(
         parsed,
         isolation_level="AUTOCOMMIT",
         connect_args={
@@ -68,6 +68,8 @@ def open_engine(url: str, **options: Any) -> sa.Engine:
         },
         **options,
     )
+    sa.event.listen(engine, "before_cursor_execute", _begin_with_first, retval=True)
+    return engine
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -84,15 +86,35 @@ def transaction(connection: sa.Connection) -> Iterator[sa.Connection]:
     BEGIN IMMEDIATE on SQLite: a deferred transaction that reads and then writes fails at once with SQLITE_BUSY_SNAPSHOT
     when another process wrote in between, whatever the timeout.
     """
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN")
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.info[_TO_BEGIN] = True
     try:
         yield connection
-        connection.exec_driver_sql("COMMIT")
+        if not connection.info.pop(_TO_BEGIN, False):
+            connection.exec_driver_sql("COMMIT")
     except BaseException:
-        if not connection.invalidated:
+        if not connection.invalidated and not connection.info.pop(_TO_BEGIN, False):
             with suppress(sa.exc.DBAPIError):
                 connection.exec_driver_sql("ROLLBACK")
         raise
+
+
+#: In `connection.info`: a transaction is wanted, and BEGIN has not been sent.
+_TO_BEGIN = "aque_to_begin"
+
+
+def _begin_with_first(
+    connection: sa.Connection, cursor: Any, statement: str, parameters: Any, _context: Any, executemany: bool
+) -> tuple[str, Any]:
+    """PostgreSQL: send BEGIN together with the first statement of the transaction, which spares a round trip."""
+    if connection.info.pop(_TO_BEGIN, False):
+        if executemany:
+            cursor.execute("BEGIN")
+        else:
+            statement = "BEGIN; " + statement
+    return statement, parameters
 
 
 class lease_clock(GenericFunction[float]):
@@ -250,21 +272,20 @@ def id_set(dialect: str, parameter: str) -> sa.Select[Any]:
 
 def per_class(
     dialect: str,
-    classes: str,
+    wanted: Any,
     table: sa.Table,
     class_column: sa.Column[Any],
     where: Any,
     order: Sequence[Any],
     limit: str,
 ) -> sa.Select[Any]:
-    """The first `limit` rows of `table` in `order` for each class id in the parameter `classes`.
+    """The first `limit` rows of `table` in `order` for each class id in `wanted`, a CTE whose column is `id`.
 
     PostgreSQL: LATERAL, one index range per class. SQLite has no LATERAL, but runs a correlated IN as the same loop;
     PostgreSQL would not.
     """
     count = sa.bindparam(limit, type_=sa.Integer)
     if dialect == "sqlite":
-        each = sa.func.json_each(sa.bindparam(classes, type_=sa.Text)).table_valued("value", name="wanted")
         inner = table.alias("inner_row")
         columns = {column.key: inner.c[column.key] for column in table.c}
 
@@ -280,15 +301,14 @@ def per_class(
 
         first = (
             sa.select(inner.c.id)
-            .where(moved(class_column) == each.c.value, moved(where))
+            .where(moved(class_column) == wanted.c.id, moved(where))
             .order_by(*[moved(column) for column in order])
             .limit(count)
-            .correlate(each)
+            .correlate(wanted)
         )
-        return sa.select(table).select_from(each.join(table, table.c.id.in_(first)))
-    wanted: Any = id_set(dialect, classes).subquery("wanted")
+        return sa.select(table).select_from(wanted.join(table, table.c.id.in_(first)))
     lateral: Any = (
-        sa.select(table).where(class_column == wanted.c[0], where).order_by(*order).limit(count).lateral("first")
+        sa.select(table).where(class_column == wanted.c.id, where).order_by(*order).limit(count).lateral("first")
     )
     return sa.select(lateral).select_from(wanted.join(lateral, sa.true()))
 
@@ -307,6 +327,8 @@ def copy_rows(
     driver = connection.connection.driver_connection
     assert driver is not None
     with driver.cursor() as cursor:
+        if connection.info.pop(_TO_BEGIN, False):
+            cursor.execute("BEGIN")
         cursor.copy_expert(f"COPY {table.name} ({names}) FROM STDIN", _CopySource(rows))
 
 

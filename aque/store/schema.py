@@ -22,6 +22,11 @@ def version(connection: sa.Connection) -> str | None:
     return None if found is None else str(found)
 
 
+def is_empty(connection: sa.Connection) -> bool:
+    """True for a database without any table, ours or others'."""
+    return not sa.inspect(connection).get_table_names()
+
+
 def check(connection: sa.Connection) -> None:
     """Raise WrongSchema unless the tables are exactly those that this version of Aque uses."""
     found = version(connection)

@@ -6,15 +6,15 @@ Every write by a worker carries its claim, (task, attempt, token): a worker that
 
 import hashlib
 import json
+import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
 
@@ -29,7 +29,6 @@ from aque.store.engine import copy_rows, open_engine, reachable, transaction
 from aque.store.tables import edge, payload, task
 from aque.values import (
     ClaimedTask,
-    Condition,
     Dependency,
     Outcome,
     Pattern,
@@ -39,6 +38,8 @@ from aque.values import (
     WorkerInfo,
 )
 
+#: How long a reading of the database's clock is good for.
+CLOCK_SECONDS = 60.0
 #: Of a command's stdout, as dependents and `.get()` see it.
 STDOUT_LIMIT = 64 << 10
 #: From this many rows on COPY is faster than an INSERT with its parameters.
@@ -126,11 +127,13 @@ class Finding:
 def open_store(settings: Settings, **engine_options: Any) -> "Store":
     """The store of this farm, checked: reachable and of the version that this Aque uses. A fresh SQLite file gets its
     tables here; on PostgreSQL `aque init` makes them. Raises a StoreError."""
-    url = settings.store_url
-    engine = open_engine(url, **engine_options)
-    if engine.dialect.name == "sqlite" and Path(unquote(urlsplit(url).path)[1:]).stat().st_size == 0:
-        schema.upgrade(engine)
+    engine = open_engine(settings.store_url, **engine_options)
     store = Store(engine)
+    with store.connect() as connection:
+        # Not by the file's size: another process may be about to create the tables just now.
+        is_fresh = engine.dialect.name == "sqlite" and schema.is_empty(connection)
+    if is_fresh:
+        schema.upgrade(engine)
     with store.connect() as connection:
         schema.check(connection)
     return store
@@ -145,6 +148,7 @@ class Store:
         self._requirement_ids: dict[Requirement, int] = {}
         self._requirements: dict[int, Requirement] = {}
         self._environment_ids: set[str] = set()
+        self._clock = (-math.inf, 0.0)
 
     @contextmanager
     def connect(self) -> Iterator[sa.Connection]:
@@ -177,17 +181,17 @@ class Store:
         Raises Cycle or UnknownTask, and then nothing has been written.
         """
         graph: dict[int, Sequence[Dependency]] = {spec.id: spec.dependencies for spec in specs}
-        outside = {d.upstream for spec in specs for d in spec.dependencies if d.upstream not in graph}
-        states = self._upstream_states(connection, sorted(outside))
+        dependents = Counter(d.upstream for spec in specs for d in spec.dependencies)
+        states = self._add_dependents(connection, {i: n for i, n in dependents.items() if i not in graph})
         starts = deps.starts(graph, [s.id for s in specs if s.requirement.pattern is Pattern.GROUP], states)
         everything = {**states, **{task_id: start.state for task_id, start in starts.items()}}
-        now = connection.execute(sql.now()).scalar_one()
+        now = self._now(connection)
         task_rows, payload_rows, edge_rows = [], [], []
         for spec in specs:
             start = starts[spec.id]
-            task_rows.append(self._task_row(connection, spec, start, now))
+            task_rows.append(self._task_row(spec, start, dependents[spec.id], now))
             if spec.requirement.pattern is not Pattern.GROUP:
-                payload_rows.append(self._payload_row(connection, spec))
+                payload_rows.append(self._payload_row(spec))
             edge_rows += [
                 (d.upstream, spec.id, str(d.condition), deps.is_satisfied(d.condition, everything[d.upstream]))
                 for d in spec.dependencies
@@ -196,6 +200,15 @@ class Store:
         self._insert(connection, payload, _PAYLOAD_COLUMNS, payload_rows)
         self._insert(connection, edge, _EDGE_COLUMNS, edge_rows)
         return {task_id: start.state for task_id, start in starts.items()}
+
+    def _now(self, connection: sa.Connection) -> float:
+        """Seconds since 1970 on the database's clock, which is read once a minute: a round trip for each task costs more."""
+        read, now = self._clock
+        elapsed = time.monotonic() - read
+        if not 0 <= elapsed < CLOCK_SECONDS:
+            now, elapsed = connection.execute(sql.now()).scalar_one(), 0.0
+            self._clock = (time.monotonic(), now)
+        return now + elapsed
 
     def intern(self, connection: sa.Connection, specs: Iterable[TaskSpec]) -> None:
         """Make sure that the requirement classes and environments of `specs` have rows. Outside of the submission's own
@@ -218,16 +231,17 @@ class Store:
             found = connection.execute(sql.find_requirement(), key).scalar_one()
         return int(found)
 
-    def _upstream_states(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, State]:
-        if not ids:
+    def _add_dependents(self, connection: sa.Connection, counts: Mapping[int, int]) -> dict[int, State]:
+        if not counts:
             return {}
-        rows = connection.execute(sql.upstream_states(self.dialect), {"ids": json.dumps(ids)})
-        states = {row.id: State(row.state) for row in rows}
-        if missing := [i for i in ids if i not in states]:
+        rows = json.dumps([{"id": i, "n": n} for i, n in sorted(counts.items())])
+        found = connection.execute(sql.add_dependents(self.dialect), {"rows": rows})
+        states = {row.id: State(row.state) for row in found}
+        if missing := [i for i in sorted(counts) if i not in states]:
             raise UnknownTask(missing)
         return states
 
-    def _task_row(self, connection: sa.Connection, spec: TaskSpec, start: deps.Start, now: float) -> tuple[Any, ...]:
+    def _task_row(self, spec: TaskSpec, start: deps.Start, dependents: int, now: Any) -> tuple[Any, ...]:
         is_group = spec.requirement.pattern is Pattern.GROUP
         reason = {State.SKIPPED: Reason.DEPENDENCY, State.ERROR: Reason.DEPENDENCY}.get(start.state)
         return (
@@ -237,6 +251,7 @@ class Store:
             spec.priority,
             spec.duration,
             start.unmet,
+            dependents,
             0,
             0,
             0,
@@ -254,7 +269,7 @@ class Store:
             now if start.state in COMPLETE_STATES else None,
         )
 
-    def _payload_row(self, connection: sa.Connection, spec: TaskSpec) -> tuple[Any, ...]:
+    def _payload_row(self, spec: TaskSpec) -> tuple[Any, ...]:
         return (
             spec.id,
             spec.function,
@@ -279,11 +294,6 @@ class Store:
 
     # -- claim --------------------------------------------------------------------------------------------------------
 
-    def ready_classes(self, connection: sa.Connection) -> dict[int, Requirement]:
-        """The requirement classes that have ready tasks."""
-        ids = connection.execute(sql.ready_classes()).scalars().all()
-        return self.requirements(connection, ids)
-
     def requirements(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, Requirement]:
         """Requirement classes by id; they never change, so each is read once."""
         wanted = list(ids)
@@ -294,19 +304,15 @@ class Store:
                 )
         return {i: self._requirements[i] for i in wanted}
 
-    def candidates(self, connection: sa.Connection, classes: Sequence[int], limit: int) -> list[list[ReadyTask]]:
-        """Up to `limit` ready tasks of each class, best first within a class."""
-        if not classes:
-            return []
-        rows = connection.execute(
-            sql.candidates(self.dialect), {"classes": json.dumps(list(classes)), "limit": limit}
-        ).all()
+    def candidates(self, connection: sa.Connection, unfit: Iterable[int], limit: int) -> dict[int, list[ReadyTask]]:
+        """Up to `limit` ready tasks of each requirement class but those in `unfit`, best first within a class."""
+        parameters = {"unfit": json.dumps(list(unfit)), "limit": limit}
         by_class: dict[int, list[ReadyTask]] = {}
-        for row in rows:
+        for row in connection.execute(sql.candidates(self.dialect), parameters):
             by_class.setdefault(row.requirement_id, []).append(ReadyTask(*row))
-        for ready in by_class.values():  # SQLite's join gives them in no promised order
+        for ready in by_class.values():  # the join gives them in no promised order
             ready.sort(key=lambda t: (-t.priority, -t.duration, t.id))
-        return list(by_class.values())
+        return by_class
 
     def claim(
         self, connection: sa.Connection, ids: Sequence[int], worker_id: int, token: int, state: State
@@ -315,10 +321,10 @@ class Store:
         if not ids:
             return []
         parameters = {"ids": json.dumps(list(ids)), "to_worker": worker_id, "new_token": token, "to_state": str(state)}
-        moved = [row.id for row in connection.execute(sql.claim(self.dialect), parameters)]
-        if not moved:
-            return []
-        rows = connection.execute(sql.claimed_tasks(self.dialect), {"ids": json.dumps(moved)})
+        rows = connection.execute(sql.claim(self.dialect), parameters).all()
+        if self.dialect == "sqlite" and rows:
+            moved = json.dumps([row.id for row in rows])
+            rows = connection.execute(sql.claimed_tasks(self.dialect), {"ids": moved}).all()
         position = {task_id: index for index, task_id in enumerate(ids)}
         return sorted((_claimed(row, token) for row in rows), key=lambda t: position[t.id])
 
@@ -378,10 +384,9 @@ class Store:
             }
             for o in sorted(outcomes, key=lambda o: o.id)
         ]
-        moved = {
-            row.id: State(row.state)
-            for row in connection.execute(sql.finish(self.dialect), {"rows": json.dumps(rows), "max_lost": max_lost})
-        }
+        parameters = {"rows": json.dumps(rows), "max_lost": max_lost}
+        written = connection.execute(sql.finish(self.dialect), parameters).all()
+        moved = {row.id: State(row.state) for row in written}
         ended = {i: state for i, state in moved.items() if state in COMPLETE_STATES}
         repeated = [i for i in moved if i not in ended]
         lost = {o.id for o in outcomes if o.state is State.READY}
@@ -396,7 +401,7 @@ class Store:
         ]
         if values:
             connection.execute(sql.store_results(self.dialect), values)
-        released = self.release(connection, ended)
+        released = self.release(connection, written)
         return Finished(
             released.ready,
             released.skipped,
@@ -406,45 +411,42 @@ class Store:
             [o.id for o in outcomes if o.id not in moved],
         )
 
-    def release(self, connection: sa.Connection, ended: Mapping[int, State]) -> Released:
-        """Settle everything that waited for `ended`, which this transaction has just moved: count down, skip what has
-        become impossible (all the way down), end groups whose last member this was."""
+    def release(self, connection: sa.Connection, moved: Iterable[Any]) -> Released:
+        """Settle everything that waited for the tasks that this transaction has just moved (rows of id, state, dependents):
+        count down, skip what has become impossible (all the way down), end groups whose last member this was."""
         result = Released()
-        wave = dict(ended)
-        while wave:
-            edges = connection.execute(sql.open_edges(self.dialect), {"ids": json.dumps(list(wave))}).all()
-            if not edges:
-                break
-            if any(deps.is_impossible(Condition(e.condition), wave[e.upstream]) for e in edges):
-                rows = json.dumps([{"id": i, "ok": state is State.SUCCESS} for i, state in wave.items()])
+        wave = {row.id: (State(row.state), row.dependents) for row in moved}
+        while wave := {i: (state, n) for i, (state, n) in wave.items() if n and state in COMPLETE_STATES}:
+            rows = json.dumps([{"id": i, "ok": state is State.SUCCESS} for i, (state, _) in sorted(wave.items())])
+            counted = self._count_down(connection, rows)
+            if sum(n for _, n in counted) < sum(n for _, n in wave.values()):
                 doomed = connection.execute(sql.doomed(self.dialect), {"rows": rows}).scalars().all()
-                skipped = connection.execute(sql.skip(self.dialect), {"ids": json.dumps(list(doomed))}).scalars().all()
-                result.skipped += skipped
-                wave |= dict.fromkeys(skipped, State.SKIPPED)
-            rows = json.dumps([{"id": i, "ok": state is State.SUCCESS} for i, state in wave.items()])
-            met = Counter(connection.execute(sql.satisfy_edges(self.dialect), {"rows": rows}).scalars())
-            wave = self._count_down(connection, met, result)
+                skipped = connection.execute(sql.skip(self.dialect), {"ids": json.dumps(list(doomed))}).all()
+            else:  # every edge out of these tasks is satisfied: none has become impossible
+                skipped = []
+            result.skipped += [row.id for row in skipped]
+            wave = {row.id: (State.SKIPPED, row.dependents) for row in skipped}
+            groups = []
+            for row, _ in counted:
+                if row.unmet == 0 and row.state == State.READY:
+                    result.ready.append(ReadyTask(row.id, row.requirement_id, row.priority, row.duration, row.name))
+                elif row.unmet == 0 and row.state == State.PENDING:
+                    groups.append(row.id)
+            if groups:
+                for row in connection.execute(sql.end_groups(self.dialect), {"ids": json.dumps(groups)}):
+                    result.groups[row.id] = State(row.state)
+                    wave[row.id] = (State(row.state), row.dependents)
         return result
 
-    def _count_down(self, connection: sa.Connection, met: Mapping[int, int], result: Released) -> dict[int, State]:
-        """Take satisfied dependencies from their dependents; the groups that this ended."""
+    def _count_down(self, connection: sa.Connection, rows: str) -> list[tuple[Any, int]]:
+        """Satisfy what these completions satisfy; each dependent as it now is, with how many of its edges that were."""
+        if self.dialect == "postgresql":
+            return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), {"rows": rows})]
+        met = Counter(connection.execute(sql.satisfy(), {"rows": rows}).scalars())
         if not met:
-            return {}
-        rows = json.dumps([{"id": i, "n": n} for i, n in sorted(met.items())])
-        groups = []
-        for row in connection.execute(sql.count_down(self.dialect), {"rows": rows}):
-            if row.unmet == 0 and row.state == State.READY:
-                result.ready.append(ReadyTask(row.id, row.requirement_id, row.priority, row.duration, row.name))
-            elif row.unmet == 0 and row.requirement_id is None:
-                groups.append(row.id)
-        if not groups:
-            return {}
-        ended = {
-            row.id: State(row.state)
-            for row in connection.execute(sql.end_groups(self.dialect), {"ids": json.dumps(groups)})
-        }
-        result.groups |= ended
-        return ended
+            return []
+        counts = json.dumps([{"id": i, "n": n} for i, n in sorted(met.items())])
+        return [(row, met[row.id]) for row in connection.execute(sql.count_down(), {"rows": counts})]
 
     def _keep_attempts(
         self, connection: sa.Connection, ids: Sequence[int], state: State | str, reason: Reason | None
@@ -477,22 +479,21 @@ class Store:
         if missing := [i for i in wanted if i not in states]:
             raise UnknownTask(missing, "Nothing was killed.")
         everything = json.dumps(list(states))
-        ended: dict[int, State] = {}
+        withdrawn: Sequence[Any] = []
         if signal in ENDING_SIGNALS:
-            ended = {
-                row.id: State(row.state) for row in connection.execute(sql.cancel(self.dialect), {"ids": everything})
-            }
+            withdrawn = connection.execute(sql.cancel(self.dialect), {"ids": everything}).all()
         parameters = {"ids": everything, "wanted_signal": signal}
         requested: list[int] = []
         if not waiting_only:
             requested = list(connection.execute(sql.request_kill(self.dialect), parameters).scalars())
-        released = self.release(connection, ended)
+        released = self.release(connection, withdrawn)
+        ended = [row.id for row in withdrawn]
         touched = {*ended, *requested, *released.skipped, *released.groups}
         return Killed(
             released.ready,
             released.skipped,
             released.groups,
-            list(ended),
+            ended,
             requested,
             {i: state for i, state in states.items() if i not in touched},
         )
@@ -575,7 +576,7 @@ class Store:
         if ran := [item.id for item in held if item.state == State.RUNNING and item.id in again]:
             self._keep_attempts(connection, ran, "lost", Reason.WORKER_LOST)
         moved = connection.execute(sql.lose(self.dialect), {"rows": json.dumps(rows)}).all()
-        return self.release(connection, {r.id: State(r.state) for r in moved if State(r.state) in COMPLETE_STATES})
+        return self.release(connection, moved)
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
@@ -699,7 +700,7 @@ class Store:
 
 
 _TASK_COLUMNS = (
-    "id", "state", "requirement_id", "priority", "duration", "unmet", "attempt", "failed", "lost", "max_attempts",
+    "id", "state", "requirement_id", "priority", "duration", "unmet", "dependents", "attempt", "failed", "lost", "max_attempts",
     "name", "pattern", "job_id", "layer", "parent_id", "seq", "submitter", "celery_id", "reason", "submitted_at",
     "finished_at",
 )  # fmt: skip

@@ -18,7 +18,20 @@ def worker(store: Store, name: str = "celery@here", *, lease_seconds: float = 30
         store.register(
             connection,
             WorkerInfo(
-                worker_id, name, "here", 1, 0.0, "boot", cpus, 1 << 40, 1000, 1000, ("celery",), "linux", "0", lease_seconds
+                worker_id,
+                name,
+                "here",
+                1,
+                0.0,
+                "boot",
+                cpus,
+                1 << 40,
+                1000,
+                1000,
+                ("celery",),
+                "linux",
+                "0",
+                lease_seconds,
             ),
         )
     return worker_id
@@ -43,8 +56,7 @@ def after(spec_id: int, *upstream: int, condition: Condition = Condition.OK, spe
 
 def ready(store: Store) -> list[int]:
     with store.connect() as connection:
-        classes = list(store.ready_classes(connection))
-        return sorted(t.id for row in store.candidates(connection, classes, 1000) for t in row)
+        return sorted(t.id for row in store.candidates(connection, [], 1000).values() for t in row)
 
 
 def claim(

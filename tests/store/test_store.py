@@ -3,6 +3,7 @@
 import random
 import threading
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from farm import COMMAND, GROUP, SPEC, after, claim, finish, ids, outcome, ready, reap, run, states, submit, worker
@@ -93,7 +94,7 @@ def test_a_failure_skips_everything_that_needs_its_success_and_releases_what_wai
 
 def test_a_chain_of_5000_is_skipped_in_the_transaction_that_failed_its_head(store: Store) -> None:
     new = ids(store, 5000)
-    submit(store, [after(new[0]), *[after(i, before) for before, i in zip(new, new[1:], strict=False)]])
+    submit(store, [after(new[0]), *[after(i, before) for before, i in pairwise(new)]])
     assert len(run(store, worker(store), new[0], state=State.ERROR).skipped) == 4999
 
 
@@ -229,10 +230,13 @@ def test_candidates_come_best_first_within_a_class_and_one_class_does_not_hide_a
         ],
     )
     with store.connect() as connection:
-        classes = store.ready_classes(connection)
+        found = store.candidates(connection, [], 2)
+        assert sorted([t.id for t in row] for row in found.values()) == [[new[2], new[1]], [new[3], new[4]]]
+        classes = store.requirements(connection, found)
         assert {c.cpus for c in classes.values()} == {"1", "64"}
-        found = store.candidates(connection, list(classes), 2)
-    assert sorted([t.id for t in row] for row in found) == [[new[2], new[1]], [new[3], new[4]]]
+        unfit = [class_id for class_id, requirement in classes.items() if requirement.cpus == "64"]
+        (rest,) = store.candidates(connection, unfit, 2).values()
+        assert [t.id for t in rest] == [new[2], new[1]]
 
 
 def test_a_stale_worker_can_neither_finish_nor_give_back_what_another_has(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,6 +56,12 @@ def nothing_left(url: str) -> bool:
         count = database.scalar(sa.select(sa.func.count()).select_from(bus.message))
     engine.dispose()
     return count == 0
+
+
+def database_connection(connection: Connection) -> Any:
+    """The driver's connection that `connection` uses next."""
+    with connection.transport.database() as database:
+        return database.connection.driver_connection
 
 
 # Several processes
@@ -146,9 +153,11 @@ def test_a_child_that_outlives_its_killed_parent_does_not_keep_its_messages(
 def test_a_forked_child_uses_connections_of_its_own(bus_url: str, connection: Connection) -> None:
     received: list[Any] = []
     with connection.Consumer([Queue("work")], callbacks=[lambda body, message: received.append(body)], no_ack=True):
+        of_parent = database_connection(connection)
         child = os.fork()
         if child == 0:
             try:
+                assert database_connection(connection) is not of_parent
                 send(connection, "work", "from the child")
                 with connection.channel() as channel:
                     channel.Consumer([Queue("other")]).consume()
@@ -262,8 +271,9 @@ def test_an_acknowledgement_after_the_close_still_counts(bus_url: str, connectio
 
 
 def test_no_more_is_delivered_than_the_prefetch_count_and_an_ack_of_another_thread_wakes(
-    connection: Connection,
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(transport, "SAFETY_POLL", 3600)
     send(connection, "work", 1, 2, 3)
     held: list[Any] = []
     with connection.Consumer([Queue("work")], callbacks=[lambda body, message: held.append(message)], prefetch_count=2):
@@ -273,7 +283,9 @@ def test_no_more_is_delivered_than_the_prefetch_count_and_an_ack_of_another_thre
             connection.drain_events(timeout=0.01)
         acknowledge = threading.Timer(0.05, held[0].ack)
         acknowledge.start()
+        began = time.monotonic()
         connection.drain_events(timeout=LIMIT)
+        assert time.monotonic() - began < LIMIT  # it was woken, and did not just look at the end of the time
         acknowledge.join()
     assert [message.payload for message in held] == [1, 2, 3]
 

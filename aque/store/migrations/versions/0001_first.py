@@ -118,6 +118,7 @@ def upgrade() -> None:
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("duration", sa.Double(), nullable=False, comment="expected seconds; 0: unknown"),
         sa.Column("unmet", sa.Integer(), nullable=False, comment="dependencies left"),
+        sa.Column("dependents", sa.Integer(), nullable=False, comment="edges out of it; 0: its end concerns nobody"),
         sa.Column("attempt", sa.Integer(), nullable=False, comment="0 before the first"),
         sa.Column("failed", sa.Integer(), nullable=False, comment="attempts that ended in error"),
         sa.Column("lost", sa.Integer(), nullable=False, comment="attempts whose worker died"),
