@@ -7,6 +7,7 @@ from typing import Any
 
 from celery.backends.base import BaseBackend as CeleryBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
+from celery.states import READY_STATES
 
 from aque import codec
 from aque.errors import UnknownTask
@@ -83,9 +84,16 @@ class Backend(CeleryBackend):
     ) -> Any:
         """Block until the task of `result` is complete; raises Celery's TimeoutError, UnknownTask, or what the task did."""
         self._ensure_not_eager()
-        for meta in self._wait([result.id], timeout, on_interval):
-            result._maybe_set_cache(meta)
-        return result.maybe_throw(propagate=propagate, callback=callback)
+        for _ in self._waiter(farm_of(self.app).store).looks(timeout):
+            if on_interval is not None:
+                on_interval()
+            meta = self._metas([result.id]).get(result.id)
+            if meta is None:
+                raise UnknownTask([result.id], "It cannot be waited for.")
+            if meta["status"] in READY_STATES:
+                result._maybe_set_cache(meta)
+                return result.maybe_throw(propagate=propagate, callback=callback)
+        raise CeleryTimeoutError(f"task {result.id} was not complete after {timeout} seconds.")
 
     def iter_native(
         self,
@@ -109,9 +117,8 @@ class Backend(CeleryBackend):
         store = farm_of(self.app).store
         with store.connect() as connection:
             ids = store.ids_of(connection, celery_ids)
-            known = store.stored_results(connection, ids.values()) if len(ids) == 1 else ids
-        if unknown := [i for i in celery_ids if i not in ids] or ([] if known else celery_ids):
-            raise UnknownTask(unknown, "It cannot be waited for.")
+        if unknown := [i for i in celery_ids if i not in ids]:
+            raise UnknownTask(unknown, "They cannot be waited for.")
         by_id = {task_id: celery_id for celery_id, task_id in ids.items()}
         left = set(by_id)
         for done in self._waiter(store).wait(by_id, timeout):

@@ -170,7 +170,7 @@ class Task(CeleryTask):
         edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
         chosen = Options(**given, dependencies=tuple(edges), celery_id=task_id)
         job = _graph.get()
-        new = job.new_id() if job is not None else submitter.reserve(1)[0]
+        new = job.new_id() if job is not None else submitter.next_id()
         spec = submitter.function(new, function, self.name, arguments, inputs, chosen)
         _submit(submitter, job, spec)
         return Handle(task_id or str(new), app=app, backend=_backend(app), task_name=self.name)
@@ -230,7 +230,7 @@ def shell(
     edges = _edges({"depends_on": depends_on, "after_any": after_any, "after_failed": after_failed})
     chosen = Options(**_known({**(hints or {}), **options}), dependencies=tuple(edges))
     job = _graph.get()
-    new = job.new_id() if job is not None else submitter.reserve(1)[0]
+    new = job.new_id() if job is not None else submitter.next_id()
     variables = None if env is None else {os.fsencode(k): os.fsencode(v) for k, v in env.items()}
     spec = submitter.command(new, argv, chosen, stdin=stdin, cwd=cwd, env=variables)
     _submit(submitter, job, spec)
@@ -345,7 +345,8 @@ def function_name(called: CeleryTask) -> str:
     if "<" in qualname:
         kind = "a lambda" if "<lambda>" in qualname else "defined inside another function"
         raise NotSubmittable(
-            f"{qualname} is {kind}: a worker could not find it by name. Nothing was submitted: define it at the top of a module."
+            f"{qualname} is {kind}: a worker could not find it by name. Nothing was submitted: define it at the top of a "
+            "module."
         )
     if module_name == "__main__":
         spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -20,7 +20,7 @@ class Farm:
 
 
 _lock = threading.Lock()
-_open: dict[tuple[int, str], Farm] = {}
+_open: dict[tuple[int, int, str | None, str | None], Farm] = {}
 
 
 def settings_of(app: Celery) -> Settings:
@@ -30,12 +30,12 @@ def settings_of(app: Celery) -> Settings:
 
 def farm_of(app: Celery) -> Farm:
     """The farm that this app uses. Raises BadSetting or StoreError."""
-    settings = settings_of(app)
     # By pid: a child must not use its parent's connections. The parent's farm stays referenced, so that the child's garbage
     # collector does not say goodbye on them either.
-    key = (os.getpid(), settings.store_url)
+    key = (os.getpid(), id(app), os.environ.get("AQUE_BROKER"), os.environ.get("AQUE_STATE_DIR"))
     with _lock:
         if key not in _open:
+            settings = settings_of(app)
             _open[key] = Farm(settings, open_store(settings))
         return _open[key]
 

@@ -35,6 +35,9 @@ OUTPUT_LIMIT_BYTES = 32 << 20
 #: How fast a measured run time follows the latest runs; how many names are remembered.
 SMOOTHING = 0.3
 NAMES = 10_000
+#: Results kept in memory for dependents that start at once: how many, and how large each may be.
+RECENT_RESULTS = 1000
+RECENT_BYTES = 1000
 #: Longest pause between two tries while the database is away.
 LONGEST_PAUSE = 5.0
 
@@ -116,6 +119,7 @@ class Scheduler:
         self._output_since: float | None = None
         self._output_written = threading.Condition(self._lock)
         self._run_seconds: dict[str, float] = {}
+        self._recent: dict[int, bytes] = {}
         self._look_ready = True  #: something may be there to claim
         self._look_kills = True
         self._waiting = False  #: at the last look there was more than fitted
@@ -353,6 +357,7 @@ class Scheduler:
             self._one_by_one = is_data_error(error)
             raise
         self._one_by_one = False
+        self._remember(batch.outcomes)
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
 
     def _after_commit(
@@ -388,6 +393,14 @@ class Scheduler:
         if rings:
             doorbell.ring(connection, rings)
 
+    def _remember(self, outcomes: list[Outcome]) -> None:
+        """Keep small results of functions for a moment: the next of a chain wants the one before."""
+        if len(self._recent) > RECENT_RESULTS:
+            self._recent.clear()
+        for outcome in outcomes:
+            if outcome.state is State.SUCCESS and outcome.value is not None and len(outcome.value) <= RECENT_BYTES:
+                self._recent[outcome.id] = outcome.value
+
     def _start_all(self, connection: Any, tasks: list[ClaimedTask]) -> None:
         self._started_any = self._started_any or bool(tasks)
         for task in self._with_inputs(connection, tasks, reserved=True):
@@ -401,8 +414,10 @@ class Scheduler:
         wanted = {upstream for task in tasks for upstream in task.inputs}
         if not wanted:
             return tasks
+        values = {upstream: self._recent[upstream] for upstream in wanted if upstream in self._recent}
         try:
-            values = self._store.values(connection, wanted)
+            if missing := wanted - values.keys():
+                values |= self._store.values(connection, missing)
         except Exception:  # none of them has started: they go back when the connection does
             for task in tasks if reserved else ():
                 self._ledger.release(self._claimer.need(task.class_id))

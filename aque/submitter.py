@@ -3,6 +3,8 @@
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from getpass import getuser
@@ -17,6 +19,11 @@ from aque.values import Dependency, Pattern, Requirement, TaskSpec
 
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
 _OWN_VARIABLES = (b"AQUE_TASK_ID", b"AQUE_TID", b"AQUE_ATTEMPT", b"AQUE_CPUS", b"AQUE_PARENT_ID", b"AQUE_BROKER", b"_")
+
+
+#: See `Submitter.next_id`.
+BLOCK_SECONDS = 1.0
+LARGEST_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,10 @@ class Submitter:
         self.store = store
         self.settings = settings
         self._user = user_name()
+        self._lock = threading.Lock()
+        self._ids: list[int] = []
+        self._block = 1
+        self._reserved_at = 0.0
 
     def reserve(self, count: int) -> list[int]:
         """Ids for tasks that are submitted later."""
@@ -58,6 +69,19 @@ class Submitter:
                 return self.store.reserve_ids(connection, count)
 
         return again(work)
+
+    def next_id(self) -> int:
+        """An id for one task. Who submits many, one after the other, gets them in growing blocks: an id costs a round trip.
+        What is left of a block is dropped after a second, so that ids keep the order of submission."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._reserved_at > BLOCK_SECONDS:
+                self._ids, self._block = [], 1
+            if not self._ids:
+                self._ids = self.reserve(self._block)[::-1]
+                self._block = min(2 * self._block, LARGEST_BLOCK)
+                self._reserved_at = now
+            return self._ids.pop()
 
     def submit(self, specs: Sequence[TaskSpec]) -> dict[int, State]:
         """All of these tasks or, with an error, none. Their first states."""

@@ -1,8 +1,8 @@
 """wait: for tasks to complete, woken by the doorbell; many tasks cost one query, not one each."""
 
-import select
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 from aque.doorbell import DONE, Doorbell
 from aque.states import State
@@ -27,25 +27,34 @@ class Waiter:
         May yield an empty dictionary now and then, so that the caller can look at something else.
         """
         left = dict.fromkeys(ids)
-        end = None if timeout is None else time.monotonic() + timeout
-        self._listen()
-        while left:
-            began = time.monotonic()
+        for _ in self.looks(timeout, lambda: len(left)):
+            done: dict[int, State] = {}
             with self._store.connect() as connection:
-                done: dict[int, State] = {}
-                window = list(left)[:WINDOW]
+                window = list(islice(left, WINDOW))
                 while window:
                     found = self._store.completed(connection, window)
                     done |= found
                     for task_id in found:
                         del left[task_id]
                     # All of a window ended: so may have many of the next.
-                    window = list(left)[:WINDOW] if len(found) == len(window) else []
+                    window = list(islice(left, WINDOW)) if len(found) == len(window) else []
             yield done
-            if not left or (end is not None and time.monotonic() >= end):
+            if not left:
+                return
+
+    def looks(self, timeout: float | None, waiting: Callable[[], int] = lambda: 1) -> Iterator[None]:
+        """One item for every time that it is worth to look: now, and whenever a task may have completed; the last one when
+        `timeout` seconds are over. `waiting` tells how many tasks are waited for."""
+        end = None if timeout is None else time.monotonic() + timeout
+        self._listen()
+        while True:
+            began = time.monotonic()
+            yield
+            now = time.monotonic()
+            if end is not None and now >= end:
                 return
             # With many to wait for, a look costs something: spend at most a third of the time on looking.
-            self._sleep(pause=2 * (time.monotonic() - began) if len(left) > 1 else 0.0, end=end)
+            self._sleep(pause=2 * (now - began) if waiting() > 1 else 0.0, end=end)
 
     def _listen(self) -> None:
         if self._bell is None:
@@ -53,7 +62,7 @@ class Waiter:
 
     def _sleep(self, pause: float, end: float | None) -> None:
         if pause:
-            select.select([], [], [], min(pause, SAFETY_SECONDS))
+            time.sleep(min(pause, SAFETY_SECONDS))
         wait = SAFETY_SECONDS if end is None else max(0.0, min(SAFETY_SECONDS, end - time.monotonic()))
         assert self._bell is not None
         try:

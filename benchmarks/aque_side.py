@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,6 +22,9 @@ from tests.servers import Guarded, PostgreSQL, private_directory, wait_until
 
 #: No result takes this long unless something is broken.
 RESULT_SECONDS = 120
+
+#: As the peer's worker.
+WORKER_OPTIONS = ("-c", "2", "--loglevel", "error")
 
 #: A queue that the worker does not serve: what is submitted there costs nothing but its submission.
 UNSERVED = "unserved"
@@ -62,11 +66,10 @@ class AqueSide:
             self.running = stack
             url = self.database()
             environment = {
-                **{name: value for name, value in os.environ.items() if not name.startswith(("AQUE_", "CELERY_"))},
+                **os.environ,
                 "AQUE_BROKER": url,
                 "AQUE_STATE_DIR": str(self.directory),
                 "AQUE_CPUS": "2",  # as many slots as the peer's worker has, also for commands
-                "XDG_CONFIG_HOME": str(self.directory),
             }
             root = Path(__file__).resolve().parent.parent
             init = [Path(sys.executable).with_name("aque"), "init"]
@@ -74,8 +77,7 @@ class AqueSide:
             self.app = aque_tasks.aque_app(aque_broker=url, aque_state_dir=str(self.directory))
             stack.callback(self.app.close)
             self.worker = worker = Guarded(
-                [sys.executable, "-m", "celery", "-A", "benchmarks.aque_tasks"]
-                + ["worker", "-c", "2", "--loglevel", "error"],
+                [sys.executable, "-m", "celery", "-A", "benchmarks.aque_tasks", "worker", *WORKER_OPTIONS],
                 directory=self.directory,
                 cwd=root,
                 env=environment,
@@ -211,8 +213,6 @@ class AqueSQLite(AqueSide):
         return f"sqlite:///{self.directory}/aque.db"
 
     def versions(self) -> dict[str, str]:
-        import sqlite3
-
         return {"SQLite": f"{sqlite3.sqlite_version} ({file_system(self.directory)})"}
 
 

@@ -92,14 +92,15 @@ def load(verb: str) -> click.Command:
 def run(command: click.Command, program: str, arguments: Sequence[str]) -> int:
     """Run a command and return its exit status. Whatever happens is at most one sentence on stderr."""
     debug = bool(os.environ.get("AQUE_DEBUG"))
+    stdout = sys.stdout
     try:
         status = command.main(args=list(arguments), prog_name=program, standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
         return _leave_broken_pipe()
-    except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # click has seen it first
+    except SystemExit:
+        if sys.stdout is not stdout:  # click has seen a broken pipe first, and muffled stdout
             return _leave_broken_pipe()
         raise
     except (KeyboardInterrupt, click.Abort) as error:

@@ -1,0 +1,53 @@
+"""`farm`: a store with a worker that the tests of a module share. `own_farm`: a store of the test's own, without one.
+
+Each test that touches a store ends with the doctor; the logs of the workers are shown when one fails.
+"""
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.worker.farm import Farm
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    report = (yield).get_result()
+    found = getattr(item, "funcargs", {})
+    farm = found.get("farm") or found.get("own_farm")
+    if report.failed and isinstance(farm, Farm):
+        report.sections.append(("workers", farm.log()))
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def served_farm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    """A farm on each kind of database, with one worker of four CPUs and three pool children."""
+    directory = tmp_path_factory.mktemp("farm")
+    if request.param == "sqlite":
+        with Farm(f"sqlite:///{directory / 'aque.db'}", directory) as farm:
+            farm.start_worker("-c", "3", cpus=4, memory="1G")
+            yield farm
+    else:
+        server = request.getfixturevalue("postgresql_server")
+        with server.database() as url, Farm(url, directory) as farm:
+            farm.start_worker("-c", "3", cpus=4, memory="1G")
+            yield farm
+
+
+@pytest.fixture
+def farm(served_farm: Farm) -> Iterator[Farm]:
+    """The shared farm; afterwards its worker lives, nothing is left to do and the doctor finds it sound."""
+    with served_farm.entered():
+        yield served_farm
+    assert [worker.name for worker in served_farm.workers if not worker.running()] == []
+    assert served_farm.findings() == []
+
+
+@pytest.fixture
+def own_farm(store_url: str, tmp_path: Path) -> Iterator[Farm]:
+    """A farm without a worker; the doctor finds it sound after the test, and no process of it is left."""
+    with Farm(store_url, tmp_path) as farm, farm.entered():
+        yield farm
+        assert farm.findings() == []

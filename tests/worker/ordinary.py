@@ -1,0 +1,34 @@
+"""A Celery app of a few lines, as people have them, with Aque added."""
+
+import os
+import time
+
+from celery import Celery
+
+import aque
+from tests.worker.tasks import append
+
+app = aque.setup(Celery("ordinary", backend=os.environ.get("TEST_BACKEND", "rpc://"), include=["tests.worker.tasks"]))
+
+
+@app.task  # type: ignore[untyped-decorator]
+def multiply(left: int, right: int) -> int:
+    return left * right
+
+
+@app.task  # type: ignore[untyped-decorator]
+def reserve_one(path: str, name: str, seconds: float) -> None:
+    append(path, f"start {name} 1")
+    time.sleep(seconds)
+    append(path, f"end {name} 1")
+
+
+@app.task  # type: ignore[untyped-decorator]
+def current_task_id() -> int | None:
+    task = aque.current_task()
+    return None if task is None else task.id
+
+
+@app.task(base=aque.Task)  # type: ignore[untyped-decorator]
+def through_the_table(value: int) -> int:
+    return value + 1
