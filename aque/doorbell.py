@@ -17,10 +17,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import sqlalchemy as sa
-
 from aque.errors import BadStateDirectory
 from aque.store import bells
+from aque.store.engine import Connection, DatabaseError, Engine
 
 #: Rung by the task store: something is ready to be claimed; somebody asked for a kill; a task has its outcome.
 READY, KILL, DONE = "ready", "kill", "done"
@@ -32,7 +31,7 @@ class Doorbell:
     Belongs to the process that made it: in a child that was forked it is closed already.
     """
 
-    def __init__(self, engine: sa.Engine, names: Iterable[str] = ()) -> None:
+    def __init__(self, engine: Engine, names: Iterable[str] = ()) -> None:
         """Raises SQLAlchemy's errors if PostgreSQL is away, BadStateDirectory if a socket has no safe place."""
         self._line = _Notifications(engine) if engine.dialect.name == "postgresql" else _Socket(_database(engine))
         _open_bells.add(self)
@@ -81,7 +80,7 @@ class Doorbell:
         return self._line.connection
 
 
-def ring(connection: sa.Connection, names: Collection[str]) -> None:
+def ring(connection: Connection, names: Collection[str]) -> None:
     """Wake who listens for any of `names`. Call it after the commit, outside a transaction.
 
     Never raises, not even if the database has gone away: what was committed stands, and the listeners will look.
@@ -89,7 +88,7 @@ def ring(connection: sa.Connection, names: Collection[str]) -> None:
     if not names:
         return
     if connection.dialect.name == "postgresql":
-        with suppress(sa.exc.DBAPIError):
+        with suppress(DatabaseError):
             bells.notify(connection, {bells.channel(name) for name in names})
     else:
         with suppress(OSError):
@@ -107,7 +106,7 @@ def wait_readable(files: Iterable[int], timeout: float | None) -> None:
 class _Notifications:
     """PostgreSQL: a connection that listens and does nothing else."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._error: type[Exception] = engine.dialect.loaded_dbapi.Error
         self._names: dict[str, str] = {}
         self.connection = bells.dedicated_connection(engine)
@@ -292,7 +291,7 @@ def _remove(directory: str, token: str) -> None:
                 os.unlink(f"{directory}/{file}")
 
 
-def _database(engine: sa.Engine) -> str:
+def _database(engine: Engine) -> str:
     return os.path.realpath(engine.url.database or "")
 
 

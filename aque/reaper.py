@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from aque import doorbell, machine
 from aque.errors import StoreError
-from aque.store import Store, WorkerRow, is_database_error
+from aque.store import DatabaseError, Store, WorkerRow
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Heartbeat:
                 self._beat()
                 last = time.monotonic()
             except Exception as error:
-                if not isinstance(error, StoreError) and not is_database_error(error):
+                if not isinstance(error, (StoreError, DatabaseError)):
                     logger.exception("the heartbeat failed")
                 self._be_patient()
             if self._stop.wait(self._period):

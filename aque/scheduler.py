@@ -22,7 +22,7 @@ from aque.ledger import Ledger
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
-from aque.store import Finished, Kill, Store, is_data_error, is_database_error, transaction
+from aque.store import DatabaseError, Finished, Kill, Store, is_data_error, transaction
 from aque.values import ClaimedTask, Outcome, ReadyTask
 
 logger = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Scheduler:
                 self._tick()
                 pause = 0.0
             except Exception as error:
-                if isinstance(error, StoreError) or is_database_error(error):
+                if isinstance(error, (StoreError, DatabaseError)):
                     logger.error("the store failed, running tasks go on: %s", str(error).splitlines()[0])
                 elif not isinstance(error, ConnectionResetError):
                     logger.exception("the scheduler's tick failed")

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any
 
-import sqlalchemy as sa
 from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.transport.virtual import exchange as exchange_types
@@ -22,7 +21,8 @@ from kombu.utils.json import dumps, loads
 from aque.doorbell import Doorbell, ring, wait_readable
 from aque.errors import StoreUnreachable
 from aque.store import bus
-from aque.store.engine import transaction
+from aque.store.engine import Connection, DatabaseError, Engine, shown_url, transaction
+from aque.version import __version__
 
 TRANSPORT_ALIASES["aque"] = "aque.transport:Transport"
 
@@ -51,12 +51,12 @@ def store_url(url: str) -> str:
 
 
 # Engines are shared by the connections of a process, and belong to it: see _forget_in_child.
-_engines: dict[str, sa.Engine] = {}
+_engines: dict[str, Engine] = {}
 _engines_guard = threading.Lock()
-_engines_of_parents: list[sa.Engine] = []
+_engines_of_parents: list[Engine] = []
 
 
-def _engine(url: str) -> sa.Engine:
+def _engine(url: str) -> Engine:
     with _engines_guard:
         if url not in _engines:
             _engines[url] = bus.open_bus(store_url(url))
@@ -324,12 +324,12 @@ class Transport(virtual.Transport):
         self._closing = False
 
     def driver_version(self) -> str:
-        return sa.__version__
+        return __version__
 
     # The database
 
     @contextmanager
-    def database(self) -> Iterator[sa.Connection]:
+    def database(self) -> Iterator[Connection]:
         """A database connection of this process; BusUnreachable if there is none to be had."""
         with self._reaching(), _engine(self._url).connect() as connection:
             yield connection
@@ -338,7 +338,7 @@ class Transport(virtual.Transport):
     def _reaching(self) -> Iterator[None]:
         try:
             yield
-        except sa.exc.DBAPIError as error:
+        except DatabaseError as error:
             if not bus.is_gone(error):
                 raise
             reason = str(error.orig).strip().partition("\n")[0]
@@ -347,7 +347,7 @@ class Transport(virtual.Transport):
             raise BusUnreachable(f"lost the message bus {self._shown_url()}: {error}") from error
 
     def _shown_url(self) -> str:
-        return "aque+" + sa.make_url(self._url).render_as_string(hide_password=True)
+        return "aque+" + shown_url(self._url)
 
     def establish_connection(self) -> Any:
         with self.database() as connection:
@@ -465,7 +465,7 @@ class Transport(virtual.Transport):
             with self.database() as connection:
                 self._settle(connection, self._done)
 
-    def _settle(self, connection: sa.Connection, done: deque[int]) -> None:
+    def _settle(self, connection: Connection, done: deque[int]) -> None:
         ids: list[int] = []
         with suppress(IndexError):
             while True:
@@ -500,7 +500,7 @@ class Transport(virtual.Transport):
             with self.database() as connection:
                 self._sweep(connection)
 
-    def _sweep(self, connection: sa.Connection) -> None:
+    def _sweep(self, connection: Connection) -> None:
         if gone := bus.dead(connection, bus.owners(connection)):
             with transaction(connection):
                 bus.let_go_of_queues(connection, gone)

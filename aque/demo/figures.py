@@ -25,6 +25,7 @@ class Run:
 class CpuUse:
     """CPUs reserved between the first start and the last end: the average over time, and the most at any moment."""
 
+    seconds: float
     average: float
     peak: Fraction
     at_peak: tuple[int, ...]  #: the tasks that ran then
@@ -34,7 +35,7 @@ def cpu_use(runs: Iterable[Run]) -> CpuUse:
     """What `runs` reserved together. A task that ends in the moment another starts has given its CPUs to that one."""
     listed = [run for run in runs if run.seconds > 0]
     if not listed:
-        return CpuUse(0.0, Fraction(0), ())
+        return CpuUse(0.0, 0.0, Fraction(0), ())
     moments = [(run.ended, 0, run) for run in listed] + [(run.began, 1, run) for run in listed]
     moments.sort(key=lambda moment: moment[:2])
     used, peak = Fraction(0), Fraction(0)
@@ -50,7 +51,7 @@ def cpu_use(runs: Iterable[Run]) -> CpuUse:
         if used > peak:
             peak, at_peak = used, tuple(sorted(running))
     whole = max(run.ended for run in listed) - min(run.began for run in listed)
-    return CpuUse(sum(float(run.cpus) * run.seconds for run in listed) / whole, peak, at_peak)
+    return CpuUse(whole, sum(float(run.cpus) * run.seconds for run in listed) / whole, peak, at_peak)
 
 
 def longest_path(runs: Mapping[int, Run]) -> list[Run]:
@@ -59,8 +60,8 @@ def longest_path(runs: Mapping[int, Run]) -> list[Run]:
     total: dict[int, float] = {}
     for run in in_order(runs):
         ways = [upstream for upstream in run.depends_on if upstream in runs]
-        before[run.id] = max(ways, key=lambda i: total[i]) if ways else None
-        total[run.id] = run.seconds + (total[before[run.id]] if ways else 0.0)
+        before[run.id] = max(ways, key=lambda i: total[i], default=None)
+        total[run.id] = run.seconds + max((total[i] for i in ways), default=0.0)
     path: list[Run] = []
     step: int | None = max(total, key=lambda i: total[i], default=None)
     while step is not None:

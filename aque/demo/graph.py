@@ -77,7 +77,9 @@ def library() -> Library:
     directory = Path(sysconfig.get_path("stdlib"))
     files = sorted(_python_files(directory))
     if len(files) < 100:
-        raise AqueError(f"the source of Python's standard library is not in {directory}: there is nothing to report about.")
+        raise AqueError(
+            f"the source of Python's standard library is not in {directory}: there is nothing to report about."
+        )
     chosen = files[:MOST_FILES]
     packages: dict[str, list[str]] = {}
     modules = [file for file in chosen if "/" not in file]
@@ -108,8 +110,11 @@ def submit(farm: PrivateFarm, what: Library) -> Submitted:
 
     compress = _xargs(farm, what, "compress", ["-n", str(COMPRESSED_TOGETHER)], _gzip(archive))
     checksum = _xargs(farm, what, "checksum", ["-n", str(CHECKSUMS_TOGETHER), "--cpus", "0.5"], _sha256())
-    checksums = [work.seal.AsyncResult(str(row["id"])) for row in aque.tasks({"job_id": checksum}, ["id", "pattern"])
-                 if row["pattern"] != "group"]
+    checksums = [
+        work.seal.AsyncResult(str(row["id"]))
+        for row in aque.tasks({"job_id": checksum}, ["id", "pattern"])
+        if row["pattern"] != "group"
+    ]
 
     with aque.graph("report") as job:
         described = []

@@ -1,4 +1,5 @@
 """What the demo's Python tasks do. Workers import these functions by name."""
+# mypy: disable-error-code="untyped-decorator"
 
 import ast
 import gzip

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
@@ -15,6 +15,12 @@ from sqlalchemy.sql.functions import GenericFunction
 from aque.errors import BadStateDirectory, StoreUnreachable
 
 T = TypeVar("T")
+
+#: For those outside of this package, which alone imports SQLAlchemy.
+Connection: TypeAlias = sa.Connection
+Engine: TypeAlias = sa.Engine
+#: What the driver raises: the connection or the server failed, or the data was refused.
+DatabaseError = sa.exc.DBAPIError
 
 #: SQLSTATEs after which the same transaction may simply be run again: serialization failure, deadlock.
 RETRY_STATES = frozenset({"40001", "40P01"})
@@ -178,6 +184,11 @@ def file_system(path: Path, mountinfo: str | None = None) -> str:
     return kind
 
 
+def shown_url(url: str | sa.URL) -> str:
+    """A database URL for people: without its password."""
+    return sa.make_url(url).render_as_string(hide_password=True)
+
+
 def sqlstate(error: sa.exc.DBAPIError) -> str:
     """The five-letter SQLSTATE of a PostgreSQL error; "" for anything else."""
     return getattr(error.orig, "pgcode", None) or ""
@@ -202,11 +213,6 @@ def again(work: Callable[[], T], tries: int = 10) -> T:
                 raise
             time.sleep(0.01 * (n + 1))
     raise AssertionError
-
-
-def is_database_error(error: Exception) -> bool:
-    """True for what the driver raised: the connection or the server failed, or it refused the data."""
-    return isinstance(error, sa.exc.DBAPIError)
 
 
 def is_data_error(error: Exception) -> bool:

@@ -247,7 +247,7 @@ class Worker:
                     found.append(child)
         return found
 
-    def signal(self, number: signal.Signals) -> None:
+    def deliver(self, number: signal.Signals) -> None:
         """Only the worker itself gets it, none of its children."""
         os.kill(self.pid, number)
 
