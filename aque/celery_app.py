@@ -297,6 +297,7 @@ class App(Celery):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.config_from_envvar("CELERY_CONFIG_MODULE", silent=True)
         setup(self)
         self.add_defaults(
             lambda: {
