@@ -47,8 +47,6 @@ Until = Literal["one", "end"]
 class Running(Protocol):
     """What the scheduler needs of an attempt that runs."""
 
-    killed: int | None
-
     def kill(self, number: int, grace_seconds: float) -> None:
         """End it."""
 
@@ -64,7 +62,8 @@ class Entry:
     need: Capacity
     began: float
     attempt: Running | None = None
-    kill_at: float | None = None  #: when SIGKILL is due
+    kill_signal: int | None = None  #: it is being killed with this
+    kill_at: float = 0.0  #: then: when SIGKILL is due
 
 
 @dataclass(slots=True)
@@ -129,6 +128,7 @@ class Scheduler:
         self._stopped = threading.Event()
         self._reconcile = False
         self._one_by_one = False
+        self._finish_only = False  #: after a failure: what claiming cannot do must not keep finishing from the table
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._bell: doorbell.Doorbell | None = None
         self._connection: Any = None
@@ -215,7 +215,7 @@ class Scheduler:
         while self.running() and time.monotonic() < deadline and self._thread.is_alive():
             self._stopped.wait(0.05)
         with self._lock:
-            left = [entry for entry in self._running.values() if entry.kill_at is None]
+            left = [entry for entry in self._running.values() if entry.kill_signal is None]
             self._abandoned.update(entry.task.id for entry in left)
         for entry in left:
             logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
@@ -243,6 +243,7 @@ class Scheduler:
                     logger.exception("the scheduler's tick failed")
                 self._disconnect()
                 self._reconcile = True  # a commit may have happened all the same
+                self._finish_only = True
                 pause = min(LONGEST_PAUSE, 2 * pause or 0.05)
             if self._stopped.is_set():
                 with self._lock:
@@ -261,7 +262,7 @@ class Scheduler:
         with self._lock:
             now = time.monotonic()
             due = [self._settings.poll_seconds * random.uniform(0.8, 1.2)]
-            due += [entry.kill_at - now for entry in self._running.values() if entry.kill_at is not None]
+            due += [entry.kill_at - now for entry in self._running.values() if entry.kill_signal is not None]
             if self._output_since is not None:
                 due.append(self._output_since + OUTPUT_SECONDS - now)
         assert self._bell is not None
@@ -290,6 +291,9 @@ class Scheduler:
         batch = self._take_batch()
         if batch or picked.start or picked.ahead:
             self._write(connection, batch, picked)
+        if self._finish_only:
+            self._finish_only = False
+            self._wake()
         if self._until is not None:
             self._check_end(connection, picked)
 
@@ -298,7 +302,13 @@ class Scheduler:
         with self._lock:
             buffered = len(self._buffer)
             done = self._until == "one" and self._started_any
-            if not self._look_ready or self._draining or done or buffered > chooser.BUFFER_TASKS // 2:
+            if (
+                not self._look_ready
+                or self._draining
+                or self._finish_only
+                or done
+                or buffered > chooser.BUFFER_TASKS // 2
+            ):
                 return claimer.Picked([], [], self._waiting)
             self._look_ready = False
         picked = self._claimer.look(connection, self._ledger.free, buffered)
@@ -343,7 +353,7 @@ class Scheduler:
                 self._store.signal_delivered(connection, batch.delivered)
                 returned = self._store.give_back(connection, batch.returned)
                 finished = finisher.finish(self._store, connection, batch.outcomes, self._one_by_one)
-                if finished.ready and not self._draining and self._until != "one":
+                if finished.ready and not self._draining and not self._finish_only and self._until != "one":
                     reserved += self._reserve(
                         self._claimer.choose_released(connection, finished.ready, self._ledger.free)
                     )
@@ -438,14 +448,13 @@ class Scheduler:
         return complete
 
     def _begin(self, entry: Entry) -> None:
-        """Start a task that is in `_running`. A kill that came between is carried out now."""
+        """Start a task that is in `_running`; one that was killed meanwhile is killed as soon as it has started."""
         attempt = self._start_task(entry.task, entry.need.cpus)
         with self._lock:
             entry.attempt = attempt
-            due = entry.kill_at is not None
-        if due:
-            self._look_kills = True
-            self._wake()
+            number = entry.kill_signal
+        if number is not None:
+            attempt.kill(number, self._settings.kill_grace_seconds)
 
     def _start_buffered(self) -> None:
         """Start what was claimed ahead, as far as it fits."""
@@ -484,7 +493,7 @@ class Scheduler:
             if entry is None or entry.task.token != kill.token:
                 continue
             if kill.signal in ENDING_SIGNALS:
-                if entry.attempt is not None and entry.attempt.killed != kill.signal:
+                if entry.kill_signal != kill.signal:
                     self._kill(entry, kill.signal)
             elif entry.attempt is not None:
                 entry.attempt.signal(kill.signal)
@@ -493,16 +502,19 @@ class Scheduler:
 
     def _kill(self, entry: Entry, number: int) -> None:
         grace = self._settings.kill_grace_seconds
-        entry.kill_at = time.monotonic() + grace
-        if entry.attempt is not None:
-            entry.attempt.kill(number, grace)
+        with self._lock:
+            entry.kill_signal, entry.kill_at = number, time.monotonic() + grace
+            attempt = entry.attempt
+        if attempt is not None:
+            attempt.kill(number, grace)
 
     def _escalate_kills(self) -> None:
         now = time.monotonic()
         with self._lock:
-            due = [entry for entry in self._running.values() if entry.kill_at is not None and entry.kill_at <= now]
+            due = [e for e in self._running.values() if e.kill_signal is not None and e.kill_at <= now and e.attempt]
+            for entry in due:
+                entry.kill_at = now + 1.0
         for entry in due:
-            entry.kill_at = now + 1.0
             if entry.attempt is not None:
                 entry.attempt.kill(9, 0.0)
 

@@ -72,7 +72,7 @@ class AqueSide:
                 "AQUE_CPUS": "2",  # as many slots as the peer's worker has, also for commands
             }
             root = Path(__file__).resolve().parent.parent
-            init = [Path(sys.executable).with_name("aque"), "init"]
+            init = [str(Path(sys.executable).with_name("aque")), "init"]
             subprocess.run(init, env=environment, check=True, stdout=subprocess.DEVNULL)
             self.app = aque_tasks.aque_app(aque_broker=url, aque_state_dir=str(self.directory))
             stack.callback(self.app.close)

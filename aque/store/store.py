@@ -731,6 +731,14 @@ def _split(joined: bytes) -> tuple[bytes, ...]:
     return tuple(bytes(joined).split(b"\0")[:-1])
 
 
+def _list(text: bytes) -> tuple[Any, ...]:
+    """A JSON list; empty for one that cannot be read: the task will say what it misses, and the worker goes on."""
+    try:
+        return tuple(json.loads(text)) if text else ()
+    except (ValueError, TypeError):
+        return ()
+
+
 def _claimed(row: Any, token: int) -> ClaimedTask:
     return ClaimedTask(
         id=row.id,
@@ -743,13 +751,13 @@ def _claimed(row: Any, token: int) -> ClaimedTask:
         priority=row.priority,
         function=row.function,
         arguments=bytes(row.arguments),
-        inputs=tuple(json.loads(row.inputs)) if row.inputs else (),
+        inputs=_list(row.inputs),
         argv=_split(row.argv),
         stdin=None if row.stdin is None else bytes(row.stdin),
         cwd=bytes(row.cwd),
         umask=row.umask,
         environment=bytes(row.environment or b""),
-        import_path=tuple(json.loads(row.import_path)) if row.import_path else (),
+        import_path=_list(row.import_path),
         parent_id=row.parent_id,
         job_id=row.job_id,
         celery_id=row.celery_id,
