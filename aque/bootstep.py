@@ -215,11 +215,7 @@ class ConsumerStep(bootsteps.StartStopStep):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
         _look_up_from_waiting(consumer.connection)
         consumer.update_strategies()  # they have closed over the handler that was there before
-        dispatcher = consumer.event_dispatcher
-        if dispatcher is not None:
-            aque.eventer.enabled = bool(dispatcher.enabled)
-            dispatcher.on_enabled.add(lambda: setattr(aque.eventer, "enabled", True))
-            dispatcher.on_disabled.add(lambda: setattr(aque.eventer, "enabled", False))
+        aque.eventer.dispatcher = consumer.event_dispatcher
         self._serve(consumer, aque)
 
     def _serve(self, consumer: Any, aque: AqueWorker) -> None:

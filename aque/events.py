@@ -26,7 +26,16 @@ class EventQueue:
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self.enabled = bool(app.conf.worker_send_task_events)
+        #: The consumer's own, while there is one: it knows whether somebody wants task events (`enable_events`).
+        self.dispatcher: Any = None
+
+    @property
+    def enabled(self) -> bool:
+        """True if somebody wants task events. Without `-E` Celery's dispatcher sends the worker's own only."""
+        dispatcher = self.dispatcher
+        if dispatcher is None:
+            return bool(self._app.conf.worker_send_task_events)
+        return bool(dispatcher.enabled and (not dispatcher.groups or "task" in dispatcher.groups))
 
     def start(self) -> None:
         """Start the thread that publishes."""

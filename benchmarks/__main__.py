@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
 
 from benchmarks.aque_side import AquePostgreSQL, AqueSide, AqueSQLite
 from benchmarks.harness import (
@@ -20,12 +22,15 @@ from benchmarks.harness import (
     Measure,
     Run,
     Series,
+    Side,
     measure_all,
     measure_once,
     time_limit,
 )
 from benchmarks.peers import CeleryRedis
 from tests.servers import MissingBinary
+
+AnySide = TypeVar("AnySide", bound=Side)
 
 #: Without a promise: a program that has many tasks at hand submits them together.
 ONE_EACH = Measure("one_each", "no-op tasks, one submission each", 5000, math.inf)
@@ -114,7 +119,8 @@ def beside_the_peer(only: set[str], options: argparse.Namespace) -> tuple[Run | 
         return None, None
     deadline = time.monotonic() + options.limit
     with ExitStack() as stack:
-        sides = list(entered(stack, (AquePostgreSQL, AqueSQLite, Peer)))
+        makers: tuple[Callable[[], Side], ...] = (AquePostgreSQL, AqueSQLite, Peer)
+        sides = list(entered(stack, makers))
         run = measure_all(
             sides, Peer.name, measures, rounds=options.rounds, scale=options.scale, limit_seconds=options.limit
         )
@@ -152,24 +158,25 @@ def compared(run: Run | None, one_each: Run | None) -> Iterator[Figure]:
 
 def alone(only: set[str], scale: float) -> Iterator[Figure]:
     """What has no peer, each side with the machine to itself: two workers would share, and so halve, common memory."""
-    for make in (AquePostgreSQL, AqueSQLite):
+    makers: tuple[Callable[[], AqueSide], ...] = (AquePostgreSQL, AqueSQLite)
+    for make in makers:
         wanted = only.intersection(ALONE if make is AquePostgreSQL else ["idle_worker"])
         if not wanted:
             continue
         with ExitStack() as stack:
             for side in entered(stack, (make,)):
                 if "idle_worker" in wanted:
-                    yield from attempted("idle worker", side, idle_worker)
+                    yield from attempted("idle worker", side, partial(idle_worker, side))
                 if "submit_graph" in wanted:
                     layers = max(2, round(GRAPH_LAYERS * scale))
-                    yield from attempted("graph submitted", side, lambda side, n=layers: submitted_graph(side, n))
+                    yield from attempted("graph submitted", side, partial(submitted_graph, side, layers))
 
 
-def attempted(title: str, side: AqueSide, measure: Callable[[AqueSide], list[Figure]]) -> list[Figure]:
+def attempted(title: str, side: AqueSide, measure: Callable[[], list[Figure]]) -> list[Figure]:
     """What `measure` finds, or the reason why it found nothing."""
     try:
         with time_limit(MEASUREMENT_SECONDS):
-            return measure(side)
+            return measure()
     except Exception as error:
         return [Figure(title, side.name, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])]
 
@@ -188,13 +195,16 @@ def submitted_graph(side: AqueSide, layers: int) -> list[Figure]:
     return [Figure(f"{tasks:,} tasks, {edges:,} edges: submit", side.name, seconds, "s", promised)]
 
 
-def entered(stack: ExitStack, makers: Sequence[Callable[[], AqueSide | Peer]]) -> Iterator[AqueSide | Peer]:
+def entered(stack: ExitStack, makers: Sequence[Callable[[], AnySide]]) -> Iterator[AnySide]:
     """These sides, started; one whose server is not installed is left out."""
     for make in makers:
         try:
-            yield stack.enter_context(make())
+            side = make()
         except MissingBinary as missing:
             print(f"one side is left out: {missing}", file=sys.stderr)
+        else:
+            stack.enter_context(side)
+            yield side
 
 
 def missed_promises(run: Run | None, figures: Sequence[Figure]) -> list[str]:

@@ -18,7 +18,7 @@ from aque.errors import AqueError
 LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "turtledemo")
 #: Of a larger library the first so many files, so that the demo stays short.
 MOST_FILES = 1000
-#: Modules that are in no package are reported in groups of this size.
+#: Modules that are in no package are done in groups of this size, named first...last.
 MODULES_TOGETHER = 24
 #: Files for each command.
 COMPRESSED_TOGETHER = 8
@@ -40,7 +40,7 @@ for file in sys.argv[1:]:
     print(hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() + "  " + file)
 """
 
-BROKEN = "def broken(:\n    return 'this file is not Python'\n"
+BROKEN = "def answer():\n    return (6 * 7\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def library() -> Library:
     modules = [file for file in chosen if "/" not in file]
     for start in range(0, len(modules), MODULES_TOGETHER):
         together = modules[start : start + MODULES_TOGETHER]
-        packages[f"{together[0].removesuffix('.py')}...{together[-1].removesuffix('.py')}"] = together
+        packages[f"{together[0].removesuffix('.py')}{work.MODULES}{together[-1].removesuffix('.py')}"] = together
     for file in chosen:
         if "/" in file:
             packages.setdefault(file.partition("/")[0], []).append(file)

@@ -3,6 +3,7 @@
 import platform
 import shutil
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +16,8 @@ from aque.states import ACTIVE_STATES, COMPLETE_STATES, State
 
 #: How often there is a new line of progress where no terminal is.
 LINE_SECONDS = 2.0
+#: Of lists.
+WIDTH = 100
 
 
 class Progress:
@@ -58,13 +61,13 @@ def print_report(report: Mapping[str, Any]) -> None:
     print(
         f"  {megabytes(whole['bytes']):>9}  in all, {megabytes(archive['packed_bytes'])} compressed ({ratio:.2f} : 1)"
     )
-    print(f"  the largest packages   {', '.join(f'{name} {lines:,}' for lines, name in whole['largest'][:5])} lines")
-    print(f"  most imported modules  {', '.join(f'{name} {files}' for name, files in whole['imports'])}")
+    _print_list("lines in the largest packages", [f"{name} {lines:,}" for lines, name in whole["largest"]])
+    _print_list("files that import", [f"{name} {files}" for name, files in whole["imports"]])
     print("  the longest functions")
     for lines, name, place in whole["longest"]:
         print(f"  {lines:>9,}  lines  {name}  ({place})")
-    print(f"  checksum of its {sealed['checksums']} checksums (SHA-256)\n             {sealed['sha256']}")
-    print(f"  made to fail           {report['mistake']}")
+    print(f"  the SHA-256 checksum of its {sealed['checksums']} checksums\n             {sealed['sha256']}")
+    print(f"  and of the file that was made wrong\n             {report['mistake']}")
 
 
 def print_figures(states: Mapping[str, Counter[State]], path: Sequence[Run], use: CpuUse, budget: Fraction) -> None:
@@ -78,9 +81,15 @@ def print_figures(states: Mapping[str, Counter[State]], path: Sequence[Run], use
         f"{format_cpus(use.peak)} at most"
     )
     steps = [run for run in path if run.seconds]
-    print(f"  longest path {sum(run.seconds for run in steps):.1f} s in {len(steps)} tasks, one after another:")
+    seconds = sum(run.seconds for run in steps)
+    print(f"  longest path {seconds:.1f} s in {len(steps)} tasks, which no number of CPUs makes shorter:")
     for run in steps:
         print(f"    {run.seconds:8.2f} s  {run.name} ({run.id})")
+
+
+def _print_list(title: str, items: Sequence[str]) -> None:
+    print(f"  {title}")
+    print(textwrap.fill(", ".join(items), WIDTH, initial_indent=" " * 13, subsequent_indent=" " * 13))
 
 
 def megabytes(size: int) -> str:

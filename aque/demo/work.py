@@ -16,6 +16,8 @@ import aque
 
 #: So many of the longest functions and of the most imported modules are reported.
 TOP = 10
+#: In the name of a group of modules that are in no package.
+MODULES = "..."
 
 
 @aque.task(cpus=0.5)
@@ -64,7 +66,7 @@ def merge(packages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     longest = sorted((tuple(function) for package in packages for function in package["longest"]), reverse=True)
     return {
         **{name: sum(p[name] for p in packages) for name in ("files", "lines", "bytes", "functions", "classes")},
-        "largest": sorted(((p["lines"], p["name"]) for p in packages), reverse=True)[:TOP],
+        "largest": sorted(((p["lines"], p["name"]) for p in packages if MODULES not in p["name"]), reverse=True)[:TOP],
         "longest": longest[:TOP],
         "imports": sorted(imports.items(), key=lambda item: (-item[1], item[0]))[:TOP],
     }

@@ -240,20 +240,6 @@ def test_a_function_that_the_worker_cannot_import_is_named_with_the_path(farm: F
     assert farm.row(task)["reason"] == "cannot_import"
 
 
-def test_a_function_that_is_gone_or_broken_on_the_worker_ends_the_task_in_error(
-    farm: Farm, tmp_path: Path, monkeypatch: Any
-) -> None:
-    (tmp_path / "tests_broken.py").write_text("import aque\n\n@aque.task\ndef hello():\n    return 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    import tests_broken  # type: ignore[import-not-found]
-
-    monkeypatch.setattr(tests_broken.hello.run, "__module__", "tests.worker.tasks", raising=False)
-    monkeypatch.setattr(tests_broken.hello.run, "__qualname__", "OwnError", raising=False)
-    # By now the name is that of a class, which is no function that returns anything that can be stored.
-    with pytest.raises(TaskError):
-        tests_broken.hello.delay().get(timeout=LIMIT)
-
-
 def _closure() -> Callable[[], int]:
     def inner() -> int:
         return 1
@@ -263,7 +249,7 @@ def _closure() -> Callable[[], int]:
 
 @pytest.mark.parametrize(
     ("function", "what"),
-    [(lambda: 1, "lambda"), (_closure(), "inside another function")],
+    [(lambda: 1, "a lambda"), (_closure(), "defined inside another function")],
     ids=["lambda", "closure"],
 )
 def test_a_function_that_no_worker_could_find_is_refused_at_submit(farm: Farm, function: Any, what: str) -> None:
@@ -420,8 +406,20 @@ def test_how_many_lost_attempts_end_a_task_is_a_setting(own_farm: Farm, tmp_path
     assert own_farm.row(task)["state"] == "error"
 
 
-def test_idle_children_that_die_are_replaced(farm: Farm) -> None:
-    (worker,) = farm.workers
+def test_a_kill_that_comes_as_a_task_ends_harms_no_other_task(own_farm: Farm) -> None:
+    own_farm.start_worker("-c", "2", cpus=2)
+    for _ in range(60):
+        raced = [tasks.echo.delay(n) for n in range(4)]
+        for task in raced:
+            task.kill("KILL")
+        for task in raced:
+            own_farm.wait_for_state(task, "success", "killed", "cancelled")
+    assert tasks.add.delay(1, 1).get(timeout=10) == 2
+
+
+def test_idle_children_that_die_are_replaced(own_farm: Farm) -> None:
+    worker = own_farm.start_worker("-c", "3", cpus=3)
+    assert tasks.add.delay(1, 1).get(timeout=LIMIT) == 2
     for child in worker.pool_children():
         child.kill()
-    assert [tasks.add.delay(n, 1).get(timeout=LIMIT) for n in range(10)] == list(range(1, 11))
+    assert [tasks.add.delay(n, 1).get(timeout=10) for n in range(10)] == list(range(1, 11))
