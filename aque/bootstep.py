@@ -291,4 +291,10 @@ def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = Non
     return {"ok": f"tasks {', '.join(map(str, ours))} flagged as revoked"}
 
 
+def _terminate(state: Any, signal: Any, task_id: Any, **options: Any) -> Any:
+    """Celery's `terminate` is `revoke` with a signal."""
+    return _revoke(state, task_id, terminate=True, signal=signal, **options)
+
+
 Panel.data["revoke"] = _revoke
+Panel.data["terminate"] = _terminate

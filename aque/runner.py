@@ -78,6 +78,7 @@ class _Request(Request):
     """A Celery request whose acknowledgement, revocation and end belong to the table."""
 
     attempt: "Attempt"
+    acknowledged = True
 
     def revoked(self) -> bool:
         """Never: a kill is in the row, and was looked up when the task was claimed."""

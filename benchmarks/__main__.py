@@ -70,10 +70,10 @@ class Figure:
 
     def line(self) -> str:
         if self.error:
-            return f"{self.title:46} {self.side:18} failed: {self.error}"
+            return f"{self.title:48} {self.side:18} failed: {self.error}"
         promised = "" if self.promised is None else f"  <= {self.promised:g}"
         verdict = "  MISSED" if self.missed() else ""
-        return f"{self.title:46} {self.side:18} {self.value:9.2f} {self.unit}{promised}{verdict}"
+        return f"{self.title:48} {self.side:18} {self.value:9.2f} {self.unit}{promised}{verdict}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,7 +138,7 @@ def beside_the_peer(only: set[str], options: argparse.Namespace) -> tuple[Run | 
 
 def compared(run: Run | None, one_each: Run | None) -> Iterator[Figure]:
     """Ratios to the peer that promise nothing."""
-    title = "idle submit -> result, p99 (ratio to the peer's)"
+    title = "idle submit -> result, p99 over the peer's"
     latencies = run.series.get("idle_latency", {}) if run else {}
     peer = latencies.get(Peer.name, Series())
     for side, series in latencies.items():

@@ -6,21 +6,21 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from signal import SIGTERM
 from typing import Any
 
 import click
 
+from aque import control
 from aque.cli import captured, waiting, xargs_input
 from aque.cli.exit_status import INTERRUPTED, sentence, stop_status, xargs_status
-from aque.cli.farm import Farm, batches, open_farm
+from aque.cli.farm import Farm, open_farm
 from aque.cli.local_worker import LocalWorker
 from aque.cli.options import many_task_options, read
 from aque.cli.show import as_json, complain, count
-from aque.doorbell import DONE, ring
 from aque.errors import BadInput
 from aque.states import State
-from aque.store import StoredResult, again
+from aque.store import StoredResult
 from aque.submitter import Submitter
 from aque.values import Condition, Dependency, TaskSpec
 
@@ -190,7 +190,9 @@ def _wait(farm: Farm, job_id: int, members: list[int], worker: LocalWorker | Non
         ended = waiting.ends(farm, done)
         found |= {end.id: replace(end, value=None) for end in ended}  # a command's result holds what it wrote
         if not withdrawn and any(stop_status(end) for end in ended):
-            withdrawn = set(_withdraw(farm, [task_id for task_id in members if task_id not in found]))
+            # Not the job: its other members may still run, and end it.
+            rest = [task_id for task_id in members if task_id not in found]
+            withdrawn = set(control.kill(farm.store, rest, SIGTERM, waiting_only=True).cancelled)
         start = printed
         while printed < len(members) and members[printed] in found:
             printed += 1
@@ -205,22 +207,6 @@ def _wait(farm: Farm, job_id: int, members: list[int], worker: LocalWorker | Non
     if withdrawn:
         complain(f"{count(len(withdrawn), 'command')} not started, as xargs has it.")
     return xargs_status([found[task_id] for task_id in members if task_id in found and task_id not in withdrawn])
-
-
-def _withdraw(farm: Farm, ids: list[int]) -> Iterator[int]:
-    """Cancel those that have not started; which they were."""
-
-    def work(batch: list[int]) -> list[int]:
-        with farm.store.begin() as connection:
-            before = farm.store.completed(connection, batch)
-            farm.store.withdraw(connection, batch)
-            after = farm.store.completed(connection, batch)
-        return [task_id for task_id, state in after.items() if state is State.CANCELLED and task_id not in before]
-
-    for batch in batches(ids):
-        yield from again(partial(work, batch))
-    with farm.store.connect() as connection:
-        ring(connection, {DONE})
 
 
 class _Progress:

@@ -498,13 +498,6 @@ class Store:
             {i: state for i, state in states.items() if i not in touched},
         )
 
-    def withdraw(self, connection: sa.Connection, ids: Iterable[int]) -> Released:
-        """Cancel those of these tasks that no worker has, and let the others be."""
-        everything = json.dumps(sorted(set(ids)))
-        connection.execute(sql.lock_tasks(self.dialect), {"ids": everything})
-        rows = connection.execute(sql.cancel(self.dialect), {"ids": everything})
-        return self.release(connection, {row.id: State(row.state) for row in rows})
-
     def requested_kills(self, connection: sa.Connection, worker_id: int) -> list[Kill]:
         """The kills that this worker has yet to carry out."""
         return [Kill(*row) for row in connection.execute(sql.requested_kills(), {"which_worker": worker_id})]
