@@ -6,8 +6,9 @@ Only plain bytes and texts go back to the worker: it never unpickles or imports 
 import importlib
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
+from types import FunctionType
 from typing import Any
 
 from celery import Celery, Task, current_app
@@ -43,11 +44,23 @@ def load(function: str, app: Celery) -> Task:
     if not callable(target):
         raise CannotImport(f"cannot load {function}: it is no function but a {type(target).__name__}")
     if not isinstance(target, Task):
-        target = app._task_from_fun(target, name=function.replace(":", "."), ignore_result=True)
+        target = app._task_from_fun(_plain(target), name=function.replace(":", "."), ignore_result=True)
     if target.__trace__ is None:
         target.__trace__ = build_tracer(target.name, target, app.loader, app=app)
     _loaded[function] = target
     return target
+
+
+def _plain(target: Callable[..., Any]) -> Callable[..., Any]:
+    """Celery makes tasks of plain functions only: this is one for a builtin, a class or any other callable."""
+    if isinstance(target, FunctionType):
+        return target
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    call.__doc__ = f"Calls {target!r}."
+    return call
 
 
 def run(

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import Any, Protocol
 
-from billiard.exceptions import Terminated, TimeLimitExceeded
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import Celery
 from celery.signals import task_received
 from celery.worker import state as celery_state
@@ -222,14 +222,16 @@ class Attempt:
     def _on_pool_error(self, info: Any) -> None:
         """The child died under the task, or could not even send its result."""
         error = getattr(info.exception, "exc", None) or info.exception
+        kind = f"{type(error).__module__}.{type(error).__qualname__}"
+        stored = codec.encode_error(kind, str(error), str(info.traceback or ""))
         if self.killed is not None:
             self._end(State.KILLED, Reason.REQUEST, signal=self.killed)
         elif isinstance(error, TimeLimitExceeded):
-            self._end(State.ERROR, Reason.TIME_LIMIT, error=_error(error))
-        elif isinstance(error, (Terminated, SystemExit)) or type(error).__name__ == "WorkerLostError":
-            self._end(State.READY, Reason.WORKER_LOST, error=_error(error))
+            self._end(State.ERROR, Reason.TIME_LIMIT, error=stored)
+        elif isinstance(error, (Terminated, SystemExit, WorkerLostError)):
+            self._end(State.READY, Reason.WORKER_LOST, error=stored)
         else:
-            self._end(State.ERROR, Reason.EXCEPTION, error=_error(error))
+            self._end(State.ERROR, Reason.EXCEPTION, error=stored)
 
     def fail(self, error: Exception) -> None:
         """The attempt could not even be started."""

@@ -5,10 +5,9 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -87,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     only = set(options.only or names)
 
-    with private_settings():
-        run, one_each = beside_the_peer(only, options)
-        figures = [*compared(run, one_each), *alone(only, options.scale)]
+    forget_settings()
+    run, one_each = beside_the_peer(only, options)
+    figures = [*compared(run, one_each), *alone(only, options.scale)]
     print()
     print("\n".join(figure.line() for figure in figures))
     if missed := missed_promises(run, figures):
@@ -102,14 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int((run is not None and run.failed()) or any(figure.error for figure in figures))
 
 
-@contextmanager
-def private_settings() -> Iterator[None]:
+def forget_settings() -> None:
     """No settings of whoever runs this: not for the client, which is this process, nor for the workers that it starts."""
-    with tempfile.TemporaryDirectory() as directory:
-        for name in [name for name in os.environ if name.startswith(("AQUE_", "CELERY_", "PG"))]:
-            del os.environ[name]
-        os.environ["XDG_CONFIG_HOME"] = directory
-        yield
+    for name in [name for name in os.environ if name.startswith(("AQUE_", "CELERY_", "PG"))]:
+        del os.environ[name]
+    os.environ["AQUE_CONFIG"] = os.devnull  # instead of the file in the home directory
 
 
 def beside_the_peer(only: set[str], options: argparse.Namespace) -> tuple[Run | None, Run | None]:

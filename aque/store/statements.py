@@ -231,7 +231,8 @@ def start(dialect: str) -> Statement:
 
 @cache
 def give_back(dialect: str) -> Statement:
-    """Active tasks (`rows`: id, token) that their worker cannot or will not finish: ready again, no attempt spent.
+    """Active tasks (`rows`: id, token) that their worker cannot or will not finish: ready again, counted neither as failed
+    nor as lost. One that had started keeps its attempt's number: there is at most one start per (task, attempt).
 
     A task that someone has killed meanwhile is left: the caller settles it as an outcome.
     """
@@ -240,7 +241,12 @@ def give_back(dialect: str) -> Statement:
         sa.update(task)
         .where(task.c.id == rows.c.id, task.c.token == rows.c.token, _in_states(sources(Event.GIVE_BACK)))
         .where(task.c.kill_signal.is_(None))
-        .values(state=State.READY, attempt=task.c.attempt - 1, token=None, worker_id=None, started_at=None)
+        .values(
+            state=State.READY,
+            attempt=task.c.attempt - sa.case((_is_state(State.CLAIMED), 1), else_=0),
+            token=None,
+            reason=None,
+        )
         .returning(task.c.id)
     )
 
@@ -304,7 +310,8 @@ def finish(dialect: str) -> Statement:
 
 @cache
 def keep_attempts(dialect: str) -> Statement:
-    """Copy the latest attempt of these tasks (`ids`), which another will follow, into the history as `ended_as`."""
+    """Copy the latest attempt of those of these tasks (`ids`) that have started, and that another will follow, into the
+    history as `ended_as`."""
     chosen = sa.select(
         task.c.id,
         task.c.attempt,
@@ -315,7 +322,7 @@ def keep_attempts(dialect: str) -> Statement:
         task.c.signal,
         task.c.started_at,
         sa.func.coalesce(task.c.finished_at, wall_clock()),
-    ).where(task.c.id.in_(id_set(dialect, "ids")))
+    ).where(task.c.id.in_(id_set(dialect, "ids")), task.c.started_at.is_not(None))
     names = ["task_id", "attempt", "worker_id", "state", "reason", "exit_code", "signal", "started_at", "finished_at"]
     return sa.insert(attempt).from_select(names, chosen)
 
@@ -610,7 +617,8 @@ def held_by_worker() -> Statement:
 
 @cache
 def lose(dialect: str) -> Statement:
-    """Tasks (`rows`: id, state) of a dead worker. Running ones: an attempt is lost; buffered ones: none was spent."""
+    """Tasks (`rows`: id, state) of a dead worker. Running ones: an attempt is lost; buffered ones: none is counted, but it
+    may have started unseen, so that its number is not used again."""
     rows = row_set(dialect, "rows", id=sa.BigInteger(), state=sa.Text(), reason=sa.Text())
     ran = _is_state(State.RUNNING)
     return (
@@ -619,7 +627,6 @@ def lose(dialect: str) -> Statement:
         .values(
             state=rows.c.state,
             lost=task.c.lost + sa.case((ran, 1), else_=0),
-            attempt=task.c.attempt - sa.case((ran, 0), else_=1),
             token=None,
             kill_signal=None,
             reason=rows.c.reason,

@@ -357,7 +357,9 @@ class Store:
         rows = [{"id": i, "token": token} for i, token in claims]
         if not rows:
             return []
-        return [row.id for row in connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)})]
+        returned = [row.id for row in connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)})]
+        self._keep_attempts(connection, returned, "given back", None)
+        return returned
 
     # -- finish and release -------------------------------------------------------------------------------------------
 
