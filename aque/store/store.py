@@ -358,7 +358,8 @@ class Store:
         if not rows:
             return []
         returned = [row.id for row in connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)})]
-        self._keep_attempts(connection, returned, "given back", None)
+        if returned:
+            self._keep_attempts(connection, returned, "given back", None)
         return returned
 
     # -- finish and release -------------------------------------------------------------------------------------------
