@@ -22,7 +22,7 @@ def finish(store: Store, connection: Any, outcomes: Sequence[Outcome], one_by_on
         written = attempt_write(connection, lambda outcome=outcome: store.finish(connection, [outcome]))  # type: ignore[misc]
         if written is None:
             bare = Outcome(outcome.id, outcome.attempt, outcome.token, State.ERROR, Reason.NOT_STORABLE)
-            written = store.finish(connection, [replace(bare, ran_seconds=outcome.ran_seconds)])
+            written = store.finish(connection, [replace(bare, ran_seconds=outcome.ran_seconds, ended=outcome.ended)])
         whole.ready += written.ready
         whole.skipped += written.skipped
         whole.groups |= written.groups

@@ -253,9 +253,10 @@ class Attempt:
         if self._over:  # a time limit is reported twice: when it is over, and when the child is gone
             return
         self._over = True
-        task, ran = self.task, time.monotonic() - self._began if seconds is None else seconds
+        task, now = self.task, time.monotonic()
+        ran = now - self._began if seconds is None else seconds
         celery_state.task_ready(self.request, successful=state is State.SUCCESS)
-        outcome = Outcome(task.id, task.attempt, task.token, state, reason, exit_code, signal, ran, value, error)
+        outcome = Outcome(task.id, task.attempt, task.token, state, reason, exit_code, signal, ran, value, error, now)
         self._runner.listener.finished(outcome)
         if self._runner.eventer.enabled:
             self._send_event(state, error, shown, ran)

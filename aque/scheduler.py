@@ -347,9 +347,8 @@ class Scheduler:
         reserved = list(picked.start)
         try:
             with transaction(connection):
-                now = time.monotonic()
                 self._store.append_output(connection, batch.output)
-                self._store.start(connection, [(i, claim, now - when) for i, claim, when in batch.started])
+                self._store.start(connection, batch.started)
                 self._store.signal_delivered(connection, batch.delivered)
                 returned = self._store.give_back(connection, batch.returned)
                 finished = finisher.finish(self._store, connection, batch.outcomes, self._one_by_one)

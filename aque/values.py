@@ -133,6 +133,7 @@ class Outcome:
     ran_seconds: float = 0.0
     value: bytes | None = None
     error: bytes | None = None
+    ended: float | None = None  #: when, on this process's monotonic clock; None: now
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class Figure:
         if self.promised is None or self.value is None or self.value <= self.promised:
             return ""
         over = self.value / self.promised - 1
-        return f"MISSED by {over:.0%}: {self.value:.2f} {self.unit}, promised <= {self.promised:g} {self.unit}"
+        return f"MISSED by {over:.1%}: {self.value:.2f} {self.unit}, promised <= {self.promised:g} {self.unit}"
 
     def line(self) -> str:
         if self.error:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,8 @@ class PrivateFarm:
         self.directory = directory
         self.log = directory / "worker.log"
         self.stopped_with: int | None = None  #: the worker's exit status
+        temporary = directory / "tmp"  # for what a worker that is killed cannot remove itself
+        temporary.mkdir()
         with self.log.open("wb") as log:
             self._worker = subprocess.Popen(
                 [*AQUE, "worker", "--loglevel", "WARNING"],
@@ -38,6 +41,7 @@ class PrivateFarm:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=directory,
+                env={**os.environ, "TMPDIR": str(temporary)},
                 start_new_session=True,  # Ctrl-C is for the demo, which then stops its worker
             )
 
@@ -65,12 +69,13 @@ class PrivateFarm:
         try:
             self._worker.terminate()
             self.stopped_with = self._worker.wait(STOP_SECONDS)
-        except BaseException as error:  # also Ctrl-C for the second time
-            with suppress(ProcessLookupError):
-                os.killpg(self._worker.pid, signal.SIGKILL)
-            self.stopped_with = self._worker.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if self.stopped_with != 0:  # it does not stop, was killed, or this is Ctrl-C for the second time
+                with suppress(ProcessLookupError):
+                    os.killpg(self._worker.pid, signal.SIGKILL)
+                self.stopped_with = self._worker.wait()
 
 
 @contextmanager
@@ -95,11 +100,20 @@ def private_farm() -> Iterator[PrivateFarm]:
         finally:
             farm.stop()
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
         os.environ.clear()
         os.environ.update(before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _remove(directory: Path) -> None:
+    """All of it, though what a killed worker has left may still write there for a moment."""
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.05)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from aque.demo.figures import CpuUse, Run
 from aque.resources import format_cpus
-from aque.states import ACTIVE_STATES, COMPLETE_STATES, State
+from aque.states import COMPLETE_STATES, State
 
 #: How often there is a new line of progress where no terminal is.
 LINE_SECONDS = 2.0
@@ -32,7 +32,7 @@ class Progress:
     def show(self, states: Collection[State], cpus: Fraction) -> None:
         """The states of all tasks, and the CPUs that those that run have reserved."""
         done = sum(state in COMPLETE_STATES for state in states)
-        running = sum(state in ACTIVE_STATES for state in states)
+        running = sum(state is State.RUNNING for state in states)  # a claimed one waits in the worker's buffer
         seconds = time.monotonic() - self._began
         line = (
             f"{seconds:5.1f} s  {done} of {len(states)} done, {running} running, {len(states) - done - running} waiting; "

@@ -154,9 +154,7 @@ def _claim(dialect: str) -> Any:
             worker_id=sa.bindparam("to_worker"),
             token=sa.bindparam("new_token"),
             attempt=task.c.attempt + 1,
-            started_at=sa.case(
-                (sa.bindparam("to_state", type_=sa.Text) == State.RUNNING, wall_clock()), else_=sa.null()
-            ),
+            started_at=sa.bindparam("starts_at", type_=sa.Double),
             finished_at=None,
             reason=None,
             exit_code=None,
@@ -220,12 +218,12 @@ def _with_payload(moved: sa.CTE) -> sa.Select[Any]:
 
 @cache
 def start(dialect: str) -> Statement:
-    """Buffered tasks (`rows`: id, token, ran) that have started: claimed -> running."""
-    rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger(), ran=sa.Double())
+    """Buffered tasks (`rows`: id, token, started_at) that have started: claimed -> running."""
+    rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger(), started_at=sa.Double())
     return (
         sa.update(task)
         .where(task.c.id == rows.c.id, task.c.token == rows.c.token, _is_state(State.CLAIMED))
-        .values(state=State.RUNNING, started_at=wall_clock() - rows.c.ran)
+        .values(state=State.RUNNING, started_at=rows.c.started_at)
     )
 
 
@@ -271,7 +269,8 @@ def finish(dialect: str) -> Statement:
         reason=sa.Text(),
         exit_code=sa.Integer(),
         signal=sa.Integer(),
-        ran=sa.Double(),
+        started_at=sa.Double(),
+        ended_at=sa.Double(),
         repeat=sa.Boolean(),
     )
     locked = _locked_in_order(sa.select(rows.c.id))
@@ -299,8 +298,8 @@ def finish(dialect: str) -> Statement:
             reason=rows.c.reason,
             exit_code=rows.c.exit_code,
             signal=rows.c.signal,
-            started_at=sa.func.coalesce(task.c.started_at, wall_clock() - rows.c.ran),
-            finished_at=wall_clock(),
+            started_at=sa.func.coalesce(task.c.started_at, rows.c.started_at),
+            finished_at=rows.c.ended_at,
             token=None,
             kill_signal=None,
         )

@@ -185,7 +185,7 @@ class Store:
         states = self._add_dependents(connection, {i: n for i, n in dependents.items() if i not in graph})
         starts = deps.starts(graph, [s.id for s in specs if s.requirement.pattern is Pattern.GROUP], states)
         everything = {**states, **{task_id: start.state for task_id, start in starts.items()}}
-        now = self._now(connection)
+        now = self._wall(connection, time.monotonic())
         task_rows, payload_rows, edge_rows = [], [], []
         for spec in specs:
             start = starts[spec.id]
@@ -201,14 +201,17 @@ class Store:
         self._insert(connection, edge, _EDGE_COLUMNS, edge_rows)
         return {task_id: start.state for task_id, start in starts.items()}
 
-    def _now(self, connection: sa.Connection) -> float:
-        """Seconds since 1970 on the database's clock, which is read once a minute: a round trip for each task costs more."""
-        read, now = self._clock
-        elapsed = time.monotonic() - read
-        if not 0 <= elapsed < CLOCK_SECONDS:
-            now, elapsed = connection.execute(sql.now()).scalar_one(), 0.0
-            self._clock = (time.monotonic(), now)
-        return now + elapsed
+    def _wall(self, connection: sa.Connection, monotonic: float) -> float:
+        """A moment of this process's monotonic clock in seconds since 1970, as the database's clock has it.
+
+        That clock is read once a minute: a round trip for each task would cost more, and so the times that one worker writes
+        are in the order in which things happened.
+        """
+        read, wall = self._clock
+        if not 0 <= time.monotonic() - read < CLOCK_SECONDS:
+            wall, read = connection.execute(sql.now()).scalar_one(), time.monotonic()
+            self._clock = (read, wall)
+        return wall + (monotonic - read)
 
     def intern(self, connection: sa.Connection, specs: Iterable[TaskSpec]) -> None:
         """Make sure that the requirement classes and environments of `specs` have rows. Outside of the submission's own
@@ -321,6 +324,7 @@ class Store:
         if not ids:
             return []
         parameters = {"ids": json.dumps(list(ids)), "to_worker": worker_id, "new_token": token, "to_state": str(state)}
+        parameters["starts_at"] = self._wall(connection, time.monotonic()) if state is State.RUNNING else None
         rows = connection.execute(sql.claim(self.dialect), parameters).all()
         if self.dialect == "sqlite" and rows:
             moved = json.dumps([row.id for row in rows])
@@ -347,8 +351,8 @@ class Store:
         return json.dumps(result).encode()
 
     def start(self, connection: sa.Connection, started: Iterable[tuple[int, int, float]]) -> None:
-        """Buffered tasks, as (id, token, seconds ago), that run now."""
-        rows = [{"id": i, "token": token, "ran": ran} for i, token, ran in started]
+        """Buffered tasks that run now, as (id, token, when on the monotonic clock)."""
+        rows = [{"id": i, "token": token, "started_at": self._wall(connection, when)} for i, token, when in started]
         if rows:
             connection.execute(sql.start(self.dialect), {"rows": json.dumps(rows)})
 
@@ -373,6 +377,8 @@ class Store:
         """
         if not outcomes:
             return Finished()
+        now = time.monotonic()
+        ends = {o.id: self._wall(connection, now if o.ended is None else o.ended) for o in outcomes}
         rows = [
             {
                 "id": o.id,
@@ -382,7 +388,8 @@ class Store:
                 "reason": None if o.reason is None else str(o.reason),
                 "exit_code": o.exit_code,
                 "signal": o.signal,
-                "ran": o.ran_seconds,
+                "started_at": ends[o.id] - o.ran_seconds,
+                "ended_at": ends[o.id],
                 "repeat": o.state is State.ERROR,
             }
             for o in sorted(outcomes, key=lambda o: o.id)

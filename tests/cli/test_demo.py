@@ -81,7 +81,7 @@ class Demo:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("TMPDIR") == str(self.temporary):
+                if process.environ().get("TMPDIR", "").startswith(str(self.temporary)):
                     found.append(process)
             except psutil.Error:
                 pass

@@ -116,6 +116,23 @@ def test_higher_priorities_start_first(own_farm: Farm, tmp_path: Path) -> None:
     assert path.read_text().split() == [ids[p] for p in (10, 7, 3, 0, -5)]
 
 
+def test_what_was_claimed_ahead_does_not_wait_behind_a_long_task_while_another_worker_is_idle(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    own_farm.start_worker("-c", "1", name="busy", cpus=1)
+    for number in range(5):  # from now on tasks of this name are known to be short
+        assert tasks.started.delay(str(tmp_path / "warm-up")).get(timeout=LIMIT) == 1, number
+    gate = tmp_path / "gate"
+    long = tasks.started.apply_async((str(tmp_path / "long"), str(gate)), priority=10)
+    short = [tasks.started.delay(str(tmp_path / "short")) for _ in range(20)]
+    wait_until((tmp_path / "long").exists, LIMIT, "the long one runs")
+    own_farm.start_worker("-c", "1", name="idle", cpus=1)
+    assert [task.get(timeout=20) for task in short] == [1] * 20
+    assert own_farm.state(long) == "running"
+    gate.touch()
+    assert long.get(timeout=LIMIT) == 1
+
+
 def test_ordinary_celery_tasks_and_aque_tasks_side_by_side_never_exceed_the_budget(
     own_farm: Farm, tmp_path: Path
 ) -> None:
