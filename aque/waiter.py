@@ -10,6 +10,9 @@ from aque.store import Store
 
 #: A lost ring costs at most this many seconds.
 SAFETY_SECONDS = 1.0
+#: After a look in vain rings are ignored for a moment, at most this long; it doubles from look to look.
+LONGEST_PAUSE = 0.05
+VAIN_SECONDS = 0.00025
 #: Only so many tasks are asked for at once: of 100,000 that are waited for, few can have ended since the last look.
 WINDOW = 1000
 
@@ -47,22 +50,26 @@ class Waiter:
         `timeout` seconds are over. `waiting` tells how many tasks are waited for."""
         end = None if timeout is None else time.monotonic() + timeout
         self._listen()
+        vain = 0
         while True:
             began = time.monotonic()
             yield
             now = time.monotonic()
             if end is not None and now >= end:
                 return
-            # With many to wait for, a look costs something: spend at most a third of the time on looking.
-            self._sleep(pause=2 * (now - began) if waiting() > 1 else 0.0, end=end)
+            # A look costs the database something. With many to wait for, spend at most a third of the time on looking; with
+            # one, do not look at once for every ring of somebody else's task.
+            vain += 1
+            pause = 2 * (now - began) if waiting() > 1 else VAIN_SECONDS * (2 ** min(vain, 10) - 2)
+            self._sleep(min(pause, LONGEST_PAUSE), end)
 
     def _listen(self) -> None:
         if self._bell is None:
             self._bell = Doorbell(self._store.engine, [DONE])
 
     def _sleep(self, pause: float, end: float | None) -> None:
-        if pause:
-            time.sleep(min(pause, SAFETY_SECONDS))
+        if pause > 0:
+            time.sleep(pause)
         wait = SAFETY_SECONDS if end is None else max(0.0, min(SAFETY_SECONDS, end - time.monotonic()))
         assert self._bell is not None
         try:

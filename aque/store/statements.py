@@ -5,13 +5,14 @@ touches several, so that two workers cannot wait for each other; SQLite has one 
 """
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from aque.states import ACTIVE_STATES, COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
-from aque.store.engine import id_set, lease_clock, per_class, row_set, wall_clock
+from aque.store.engine import lease_clock, one_of, per_class, row_set, wall_clock
 from aque.store.tables import attempt, edge, environment, output, payload, requirement, result, sequence, task, worker
 from aque.values import Condition, Pattern
 
@@ -28,12 +29,9 @@ def _is_state(state: State) -> sa.ColumnElement[bool]:
     return task.c.state == sa.literal_column(f"'{state}'")
 
 
-def _locked_in_order(ids: Any, where: sa.ColumnElement[bool] | None = None) -> sa.CTE:
+def _locked_in_order(where: sa.ColumnElement[bool]) -> sa.CTE:
     """The ids of these tasks, locked smallest first."""
-    statement = sa.select(task.c.id).where(task.c.id.in_(ids))
-    if where is not None:
-        statement = statement.where(where)
-    return statement.order_by(task.c.id).with_for_update(of=task).cte("locked")
+    return sa.select(task.c.id).where(where).order_by(task.c.id).with_for_update(of=task).cte("locked")
 
 
 # -- submit -----------------------------------------------------------------------------------------------------------
@@ -68,7 +66,7 @@ def find_requirement() -> Statement:
 @cache
 def requirements(dialect: str) -> Statement:
     """The requirement classes with these `ids`."""
-    return sa.select(requirement).where(requirement.c.id.in_(id_set(dialect, "ids")))
+    return sa.select(requirement).where(one_of(dialect, requirement.c.id, "ids"))
 
 
 @cache
@@ -81,7 +79,7 @@ def add_dependents(dialect: str) -> Statement:
     """Count `n` more dependents for each task in `rows` (id, n); returns their states. The row stays locked until the
     submission has committed: a worker that finishes it waits, and then reads the count and sees the new edges."""
     rows = row_set(dialect, "rows", id=sa.BigInteger(), n=sa.Integer())
-    locked = _locked_in_order(sa.select(rows.c.id))
+    locked = _locked_in_order(task.c.id.in_(sa.select(rows.c.id)))
     return (
         sa.update(task)
         .where(task.c.id == locked.c.id, rows.c.id == locked.c.id)
@@ -123,7 +121,7 @@ def _ready_classes() -> sa.CTE:
 def candidates(dialect: str) -> Statement:
     """The first `limit` ready tasks of each requirement class, without the classes in `unfit`."""
     found = _ready_classes()
-    fit = sa.select(found.c.id).where(found.c.id.is_not(None), found.c.id.not_in(id_set(dialect, "unfit"))).cte("fit")
+    fit = sa.select(found.c.id).where(found.c.id.is_not(None), sa.not_(one_of(dialect, found.c.id, "unfit"))).cte("fit")
     wanted = per_class(
         dialect,
         fit,
@@ -142,7 +140,7 @@ def _claim(dialect: str) -> Any:
     # A CTE, not a subquery: PostgreSQL may run a subquery again and lock other rows.
     picked = (
         sa.select(task.c.id)
-        .where(task.c.id.in_(id_set(dialect, "ids")), _is_state(State.READY))
+        .where(one_of(dialect, task.c.id, "ids"), _is_state(State.READY))
         .with_for_update(skip_locked=True, of=task)
         .cte("picked")
     )
@@ -205,7 +203,7 @@ def claim(dialect: str) -> Statement:
 @cache
 def claimed_tasks(dialect: str) -> Statement:
     """Everything that running these tasks (`ids`) needs."""
-    return _with_payload(sa.select(*_CLAIMED).where(task.c.id.in_(id_set(dialect, "ids"))).cte("moved"))
+    return _with_payload(sa.select(*_CLAIMED).where(one_of(dialect, task.c.id, "ids")).cte("moved"))
 
 
 def _with_payload(moved: sa.CTE) -> sa.Select[Any]:
@@ -252,6 +250,21 @@ def give_back(dialect: str) -> Statement:
 # -- finish and release -----------------------------------------------------------------------------------------------
 
 
+#: What the table is told of an outcome.
+_OUTCOME: dict[str, sa.types.TypeEngine[Any]] = {
+    "id": sa.BigInteger(),
+    "attempt": sa.Integer(),
+    "token": sa.BigInteger(),
+    "state": sa.Text(),
+    "reason": sa.Text(),
+    "exit_code": sa.Integer(),
+    "signal": sa.Integer(),
+    "started_at": sa.Double(),
+    "ended_at": sa.Double(),
+    "repeat": sa.Boolean(),
+}
+
+
 @cache
 def finish(dialect: str) -> Statement:
     """Record outcomes (`rows`), each only if its claim still stands. Returns what really moved: only that may release.
@@ -259,30 +272,27 @@ def finish(dialect: str) -> Statement:
     A failed attempt that may be repeated (its row says `repeat`) goes back to ready; so does a lost one (its state says
     `ready`), unless it was killed meanwhile, or is the last of `max_lost`.
     """
-    rows = row_set(
-        dialect,
-        "rows",
-        id=sa.BigInteger(),
-        attempt=sa.Integer(),
-        token=sa.BigInteger(),
-        state=sa.Text(),
-        reason=sa.Text(),
-        exit_code=sa.Integer(),
-        signal=sa.Integer(),
-        started_at=sa.Double(),
-        ended_at=sa.Double(),
-        repeat=sa.Boolean(),
-    )
-    locked = _locked_in_order(sa.select(rows.c.id))
-    lost = rows.c.state == State.READY
-    repeat = sa.and_(rows.c.repeat, task.c.kill_signal.is_(None), task.c.failed + 1 < task.c.max_attempts)
+    rows = row_set(dialect, "rows", **_OUTCOME)
+    locked = _locked_in_order(task.c.id.in_(sa.select(rows.c.id)))
+    return _finish(rows.c).where(task.c.id == locked.c.id)
+
+
+@cache
+def finish_one() -> Statement:
+    """The same for a single outcome, whose fields are parameters with `o_` before their names: no set to plan for, no order
+    to lock in (0.3 ms less on PostgreSQL)."""
+    return _finish(SimpleNamespace(**{name: sa.bindparam(f"o_{name}", type_=kind) for name, kind in _OUTCOME.items()}))
+
+
+def _finish(row: Any) -> Any:
+    lost = row.state == State.READY
+    repeat = sa.and_(row.repeat, task.c.kill_signal.is_(None), task.c.failed + 1 < task.c.max_attempts)
     return (
         sa.update(task)
         .where(
-            task.c.id == locked.c.id,
-            rows.c.id == locked.c.id,
-            task.c.token == rows.c.token,
-            task.c.attempt == rows.c.attempt,
+            task.c.id == row.id,
+            task.c.token == row.token,
+            task.c.attempt == row.attempt,
             _in_states(_ON_WORKER),
         )
         .values(
@@ -290,16 +300,16 @@ def finish(dialect: str) -> Statement:
                 (sa.and_(lost, task.c.kill_signal.in_(sorted(ENDING_SIGNALS))), State.KILLED.value),
                 (sa.and_(lost, task.c.lost + 1 >= sa.bindparam("max_lost", type_=sa.Integer)), State.ERROR.value),
                 (repeat, State.READY.value),
-                else_=rows.c.state,
+                else_=row.state,
             ),
-            attempt=task.c.attempt - sa.case((rows.c.state == State.CANCELLED, 1), else_=0),
+            attempt=task.c.attempt - sa.case((row.state == State.CANCELLED, 1), else_=0),
             lost=task.c.lost + sa.case((lost, 1), else_=0),
-            failed=task.c.failed + sa.case((rows.c.state == State.ERROR, 1), else_=0),
-            reason=rows.c.reason,
-            exit_code=rows.c.exit_code,
-            signal=rows.c.signal,
-            started_at=sa.func.coalesce(task.c.started_at, rows.c.started_at),
-            finished_at=rows.c.ended_at,
+            failed=task.c.failed + sa.case((row.state == State.ERROR, 1), else_=0),
+            reason=row.reason,
+            exit_code=row.exit_code,
+            signal=row.signal,
+            started_at=sa.func.coalesce(task.c.started_at, row.started_at),
+            finished_at=row.ended_at,
             token=None,
             kill_signal=None,
         )
@@ -321,7 +331,7 @@ def keep_attempts(dialect: str) -> Statement:
         task.c.signal,
         task.c.started_at,
         sa.func.coalesce(task.c.finished_at, wall_clock()),
-    ).where(task.c.id.in_(id_set(dialect, "ids")), task.c.started_at.is_not(None))
+    ).where(one_of(dialect, task.c.id, "ids"), task.c.started_at.is_not(None))
     names = ["task_id", "attempt", "worker_id", "state", "reason", "exit_code", "signal", "started_at", "finished_at"]
     return sa.insert(attempt).from_select(names, chosen)
 
@@ -348,7 +358,7 @@ _COUNTED = (task.c.id, task.c.state, task.c.unmet, task.c.requirement_id, task.c
 def _count_down(met: Any) -> Any:
     """Take `met.n` from the dependencies left of each task `met.id`; at 0 it is ready. A group is left pending:
     `end_groups` settles it."""
-    locked = _locked_in_order(sa.select(met.c.id))
+    locked = _locked_in_order(task.c.id.in_(sa.select(met.c.id)))
     left = task.c.unmet - met.c.n
     released = sa.and_(left == 0, _is_state(State.PENDING), task.c.requirement_id.is_not(None))
     return (
@@ -405,7 +415,7 @@ def doomed(dialect: str) -> Statement:
 @cache
 def skip(dialect: str) -> Statement:
     """Settle these unstarted tasks (`ids`) as skipped."""
-    locked = _locked_in_order(id_set(dialect, "ids"), _in_states(sources(Event.SKIP)))
+    locked = _locked_in_order(sa.and_(one_of(dialect, task.c.id, "ids"), _in_states(sources(Event.SKIP))))
     return (
         sa.update(task)
         .where(task.c.id == locked.c.id)
@@ -423,7 +433,7 @@ def end_groups(dialect: str) -> Statement:
     )
     return (
         sa.update(task)
-        .where(task.c.id.in_(id_set(dialect, "ids")), _is_state(State.PENDING), task.c.unmet == 0)
+        .where(one_of(dialect, task.c.id, "ids"), _is_state(State.PENDING), task.c.unmet == 0)
         .values(
             state=sa.case((failed, State.ERROR.value), else_=State.SUCCESS.value),
             reason=sa.case((failed, Reason.DEPENDENCY.value), else_=sa.null()),
@@ -465,14 +475,14 @@ def results(dialect: str) -> Statement:
             result.c.error,
         )
         .select_from(task.outerjoin(result, result.c.task_id == task.c.id))
-        .where(task.c.id.in_(id_set(dialect, "ids")))
+        .where(one_of(dialect, task.c.id, "ids"))
     )
 
 
 @cache
 def completed(dialect: str) -> Statement:
     """Which of these tasks (`ids`) are complete, and how."""
-    return sa.select(task.c.id, task.c.state).where(task.c.id.in_(id_set(dialect, "ids")), _in_states(COMPLETE_STATES))
+    return sa.select(task.c.id, task.c.state).where(one_of(dialect, task.c.id, "ids"), _in_states(COMPLETE_STATES))
 
 
 # -- kill -------------------------------------------------------------------------------------------------------------
@@ -481,10 +491,10 @@ def completed(dialect: str) -> Statement:
 @cache
 def lock_tasks(dialect: str) -> Statement:
     """State of these tasks (`ids`) and of the members of those that are jobs, locked in order until the transaction ends."""
-    ids = id_set(dialect, "ids")
+    member = sa.and_(one_of(dialect, task.c.job_id, "ids"), task.c.job_id != task.c.id)
     return (
         sa.select(task.c.id, task.c.state)
-        .where(sa.or_(task.c.id.in_(ids), sa.and_(task.c.job_id.in_(ids), task.c.job_id != task.c.id)))
+        .where(sa.or_(one_of(dialect, task.c.id, "ids"), member))
         .order_by(task.c.id)
         .with_for_update(of=task)
     )
@@ -495,7 +505,7 @@ def cancel(dialect: str) -> Statement:
     """Withdraw the tasks among `ids` that no worker has."""
     return (
         sa.update(task)
-        .where(task.c.id.in_(id_set(dialect, "ids")), _in_states(sources(Event.CANCEL) - {State.CLAIMED}))
+        .where(one_of(dialect, task.c.id, "ids"), _in_states(sources(Event.CANCEL) - {State.CLAIMED}))
         .values(state=State.CANCELLED, reason=Reason.REQUEST, finished_at=wall_clock())
         .returning(task.c.id, task.c.state, task.c.dependents)
     )
@@ -506,7 +516,7 @@ def request_kill(dialect: str) -> Statement:
     """Leave `wanted_signal` for the workers of the active tasks among `ids`."""
     return (
         sa.update(task)
-        .where(task.c.id.in_(id_set(dialect, "ids")), _in_states(ACTIVE_STATES))
+        .where(one_of(dialect, task.c.id, "ids"), _in_states(ACTIVE_STATES))
         .values(kill_signal=sa.bindparam("wanted_signal"))
         .returning(task.c.id)
     )
@@ -696,7 +706,7 @@ def dependencies(dialect: str) -> Statement:
     """Edges into these tasks (`ids`)."""
     return (
         sa.select(edge.c.downstream, edge.c.upstream)
-        .where(edge.c.downstream.in_(id_set(dialect, "ids")))
+        .where(one_of(dialect, edge.c.downstream, "ids"))
         .order_by(edge.c.downstream, edge.c.upstream)
     )
 
@@ -734,7 +744,7 @@ def output_sizes(dialect: str) -> Statement:
     return (
         sa.select(output.c.task_id, output.c.attempt, output.c.fd, sa.func.sum(sa.func.length(output.c.data)))
         .select_from(output.join(task, sa.and_(task.c.id == output.c.task_id, task.c.attempt == output.c.attempt)))
-        .where(output.c.task_id.in_(id_set(dialect, "ids")))
+        .where(one_of(dialect, output.c.task_id, "ids"))
         .group_by(output.c.task_id, output.c.attempt, output.c.fd)
     )
 
@@ -745,7 +755,7 @@ def outputs(dialect: str) -> Statement:
     return (
         sa.select(output.c.task_id, output.c.fd, output.c.data)
         .select_from(output.join(task, sa.and_(task.c.id == output.c.task_id, task.c.attempt == output.c.attempt)))
-        .where(output.c.task_id.in_(id_set(dialect, "ids")))
+        .where(one_of(dialect, output.c.task_id, "ids"))
         .order_by(output.c.task_id, output.c.fd, output.c.offset)
     )
 

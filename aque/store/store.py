@@ -301,7 +301,7 @@ class Store:
         """Requirement classes by id; they never change, so each is read once."""
         wanted = list(ids)
         if unknown := [i for i in wanted if i not in self._requirements]:
-            for row in connection.execute(sql.requirements(self.dialect), {"ids": json.dumps(unknown)}):
+            for row in connection.execute(sql.requirements(self.dialect), {"ids": unknown}):
                 self._requirements[row.id] = Requirement(
                     row.queue, Pattern(row.pattern), row.cpus, row.memory_bytes, row.host, row.platform
                 )
@@ -309,7 +309,7 @@ class Store:
 
     def candidates(self, connection: sa.Connection, unfit: Iterable[int], limit: int) -> dict[int, list[ReadyTask]]:
         """Up to `limit` ready tasks of each requirement class but those in `unfit`, best first within a class."""
-        parameters = {"unfit": json.dumps(list(unfit)), "limit": limit}
+        parameters = {"unfit": list(unfit), "limit": limit}
         by_class: dict[int, list[ReadyTask]] = {}
         for row in connection.execute(sql.candidates(self.dialect), parameters):
             by_class.setdefault(row.requirement_id, []).append(ReadyTask(*row))
@@ -323,18 +323,18 @@ class Store:
         """Give those of `ids` that are still ready to the worker, in the order of `ids`. Others may have been faster."""
         if not ids:
             return []
-        parameters = {"ids": json.dumps(list(ids)), "to_worker": worker_id, "new_token": token, "to_state": str(state)}
+        parameters = {"ids": list(ids), "to_worker": worker_id, "new_token": token, "to_state": str(state)}
         parameters["starts_at"] = self._wall(connection, time.monotonic()) if state is State.RUNNING else None
         rows = connection.execute(sql.claim(self.dialect), parameters).all()
         if self.dialect == "sqlite" and rows:
-            moved = json.dumps([row.id for row in rows])
+            moved = [row.id for row in rows]
             rows = connection.execute(sql.claimed_tasks(self.dialect), {"ids": moved}).all()
         position = {task_id: index for index, task_id in enumerate(ids)}
         return sorted((_claimed(row, token) for row in rows), key=lambda t: position[t.id])
 
     def values(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, bytes]:
         """The results of these tasks as JSON: `null` where there is none, a command's end and stdout for a command."""
-        rows = connection.execute(sql.results(self.dialect), {"ids": json.dumps(list(ids))}).all()
+        rows = connection.execute(sql.results(self.dialect), {"ids": list(ids)}).all()
         found: dict[int, bytes] = {}
         for row in rows:
             if row.pattern == Pattern.SHELL:
@@ -394,8 +394,12 @@ class Store:
             }
             for o in sorted(outcomes, key=lambda o: o.id)
         ]
-        parameters = {"rows": json.dumps(rows), "max_lost": max_lost}
-        written = connection.execute(sql.finish(self.dialect), parameters).all()
+        if len(rows) == 1:
+            one = {f"o_{name}": value for name, value in rows[0].items()}
+            written = connection.execute(sql.finish_one(), {**one, "max_lost": max_lost}).all()
+        else:
+            parameters = {"rows": json.dumps(rows), "max_lost": max_lost}
+            written = connection.execute(sql.finish(self.dialect), parameters).all()
         moved = {row.id: State(row.state) for row in written}
         ended = {i: state for i, state in moved.items() if state in COMPLETE_STATES}
         repeated = [i for i in moved if i not in ended]
@@ -431,7 +435,7 @@ class Store:
             counted = self._count_down(connection, rows)
             if sum(n for _, n in counted) < sum(n for _, n in wave.values()):
                 doomed = connection.execute(sql.doomed(self.dialect), {"rows": rows}).scalars().all()
-                skipped = connection.execute(sql.skip(self.dialect), {"ids": json.dumps(list(doomed))}).all()
+                skipped = connection.execute(sql.skip(self.dialect), {"ids": list(doomed)}).all()
             else:  # every edge out of these tasks is satisfied: none has become impossible
                 skipped = []
             result.skipped += [row.id for row in skipped]
@@ -443,7 +447,7 @@ class Store:
                 elif row.unmet == 0 and row.state == State.PENDING:
                     groups.append(row.id)
             if groups:
-                for row in connection.execute(sql.end_groups(self.dialect), {"ids": json.dumps(groups)}):
+                for row in connection.execute(sql.end_groups(self.dialect), {"ids": groups}):
                     result.groups[row.id] = State(row.state)
                     wave[row.id] = (State(row.state), row.dependents)
         return result
@@ -462,7 +466,7 @@ class Store:
         self, connection: sa.Connection, ids: Sequence[int], state: State | str, reason: Reason | None
     ) -> None:
         parameters = {
-            "ids": json.dumps(list(ids)),
+            "ids": list(ids),
             "ended_as": str(state),
             "because": None if reason is None else str(reason),
         }
@@ -484,11 +488,11 @@ class Store:
         A signal that does not end a task (see `states.ENDING_SIGNALS`) touches running tasks only. Raises UnknownTask.
         """
         wanted = sorted(set(ids))
-        rows = connection.execute(sql.lock_tasks(self.dialect), {"ids": json.dumps(wanted)})
+        rows = connection.execute(sql.lock_tasks(self.dialect), {"ids": wanted})
         states = {row.id: State(row.state) for row in rows}
         if missing := [i for i in wanted if i not in states]:
             raise UnknownTask(missing, "Nothing was killed.")
-        everything = json.dumps(list(states))
+        everything = list(states)
         withdrawn: Sequence[Any] = []
         if signal in ENDING_SIGNALS:
             withdrawn = connection.execute(sql.cancel(self.dialect), {"ids": everything}).all()
@@ -605,9 +609,7 @@ class Store:
         rows = sorted(connection.execute(sql.tasks(columns, dict(where or {}), newest)), key=lambda row: row.id)
         upstream: dict[int, list[int]] = {}
         if "depends_on" in wanted:
-            for edge_row in connection.execute(
-                sql.dependencies(self.dialect), {"ids": json.dumps([r.id for r in rows])}
-            ):
+            for edge_row in connection.execute(sql.dependencies(self.dialect), {"ids": [r.id for r in rows]}):
                 upstream.setdefault(edge_row.downstream, []).append(edge_row.upstream)
         for row in rows:
             found = dict(row._mapping)
@@ -623,12 +625,12 @@ class Store:
 
     def completed(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, State]:
         """Those of `ids` that are complete, and how."""
-        rows = connection.execute(sql.completed(self.dialect), {"ids": json.dumps(list(ids))})
+        rows = connection.execute(sql.completed(self.dialect), {"ids": list(ids)})
         return {row.id: State(row.state) for row in rows}
 
     def stored_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
         """State, result and error of each of these tasks that there is."""
-        rows = connection.execute(sql.results(self.dialect), {"ids": json.dumps(list(ids))})
+        rows = connection.execute(sql.results(self.dialect), {"ids": list(ids)})
         return {
             row.id: StoredResult(
                 row.id,
@@ -667,13 +669,13 @@ class Store:
 
     def output_sizes(self, connection: sa.Connection, ids: Iterable[int]) -> dict[tuple[int, int, int], int]:
         """Bytes captured of the latest attempts of these tasks, by (task, attempt, fd); streams without any are left out."""
-        rows = connection.execute(sql.output_sizes(self.dialect), {"ids": json.dumps(list(ids))})
+        rows = connection.execute(sql.output_sizes(self.dialect), {"ids": list(ids)})
         return {(task_id, attempt, fd): int(size) for task_id, attempt, fd, size in rows}
 
     def outputs(self, connection: sa.Connection, ids: Iterable[int]) -> dict[tuple[int, int], bytes]:
         """All that was captured of the latest attempts of these tasks, by (task, fd): ask `output_sizes` before."""
         pieces: dict[tuple[int, int], list[bytes]] = {}
-        for row in connection.execute(sql.outputs(self.dialect), {"ids": json.dumps(list(ids))}):
+        for row in connection.execute(sql.outputs(self.dialect), {"ids": list(ids)}):
             pieces.setdefault((row.task_id, row.fd), []).append(bytes(row.data))
         return {stream: b"".join(data) for stream, data in pieces.items()}
 

@@ -41,6 +41,7 @@ def farm(served_farm: Farm) -> Iterator[Farm]:
     """The shared farm; afterwards its worker lives, nothing is left to do and the doctor finds it sound."""
     with served_farm.entered():
         yield served_farm
+    served_farm.kill_everything()  # a test that failed must not be the next one's trouble
     assert [worker.name for worker in served_farm.workers if not worker.running()] == []
     assert served_farm.findings() == []
 

@@ -20,8 +20,10 @@ from uuid import uuid4
 
 import psutil
 from celery import Celery
+from kombu.exceptions import OperationalError
 
-from aque import settings
+from aque import control, settings
+from aque.states import COMPLETE_STATES, State
 from aque.store import WorkerRow, open_store, schema
 from aque.store.engine import open_engine
 from tests.conftest import FOREIGN
@@ -82,7 +84,7 @@ class Farm:
         try:
             stopped = [worker.name for worker in self.workers if worker.running() and not worker.end()]
             assert not stopped, f"workers that had to be killed: {stopped}"
-            wait_until(lambda: not self.processes(), 10, "no process of the farm is left")
+            self.wait_until_nothing_is_left()
         finally:
             for process in self.processes():
                 with suppress(psutil.NoSuchProcess):
@@ -146,6 +148,16 @@ class Farm:
         """Every process that was started with the farm's environment, or by one that was."""
         return processes_with(f"TEST_FARM={self.mark}")
 
+    def wait_until_nothing_is_left(self) -> None:
+        """No process of the farm, a few moments after the last worker has ended."""
+        with suppress(AssertionError):
+            wait_until(lambda: not self.processes(), 10)
+        left = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                left.append((process.pid, process.ppid(), " ".join(process.cmdline())[:200]))
+        assert left == []
+
     def log(self) -> str:
         """The ends of the workers' logs."""
         return "\n".join(
@@ -193,6 +205,16 @@ class Farm:
             )
             return [tuple(row) for row in rows]
 
+    def kill_everything(self) -> None:
+        """Whatever is not complete."""
+        unfinished = [str(state) for state in State if state not in COMPLETE_STATES]
+        with self.store.connect() as connection:
+            left = [row["id"] for row in self.store.tasks(connection, {"state": unfinished}, ["id"])]
+        if left:
+            control.kill(self.store, left, signal.SIGKILL)
+            for task_id in left:
+                self.wait_for_state(task_id, *map(str, COMPLETE_STATES))
+
     def findings(self) -> list[Any]:
         """What the doctor says; empty for a sound store."""
         with self.store.connect() as connection:
@@ -236,7 +258,11 @@ class Worker:
     def ask(self, client: Celery, question: str) -> dict[str, Any]:
         """`celery inspect QUESTION` of this worker: its answer by its name, or nothing."""
         inspector = client.control.inspect([self.name], timeout=10, limit=1)
-        return getattr(inspector, question)() or {}
+        try:
+            return getattr(inspector, question)() or {}
+        except (OSError, OperationalError, client.connection().connection_errors):  # the broker was away meanwhile
+            client.close()
+            return {}
 
     def pool_children(self) -> list[psutil.Process]:
         """The processes that run Python tasks."""
