@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from celery import Celery, current_app, shared_task
@@ -83,7 +84,11 @@ class Graph:
 
     def add(self, spec: TaskSpec) -> None:
         """Add a task to the job."""
-        self._specs[spec.id] = replace(spec, job_id=self.id, seq=len(self._specs))
+        self._specs[spec.id] = spec
+
+    def place(self) -> dict[str, Any]:
+        """The next task's place in the job."""
+        return {"job_id": self.id, "seq": len(self._specs)}
 
     def depend(self, task: Handle | int, *, on: Handle | int, condition: str = "ok") -> None:
         """Let a task of this graph wait for another, in or outside of it. `condition`: "ok", "any" or "failed"."""
@@ -162,18 +167,23 @@ class Task(CeleryTask):
             self.__header__(*(args or ()), **(kwargs or {}))  # the signature, checked as Celery does
         if task_id is not None and str(task_id).isdecimal():
             raise BadInput("a task_id of digits only would be taken for an id of the table: bring another, or none.")
-        function = function_name(self)
+        function = self._function
         arguments, inputs = codec.encode_arguments(args or (), kwargs or {})
         given = {name: getattr(self, name) for name in TASK_OPTIONS if getattr(self, name, None) is not None}
         given |= _known({**(hints or {}), **options})
         edges = _edges({"depends_on": depends_on, "after_any": after_any, "after_failed": after_failed})
         edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
-        chosen = Options(**given, dependencies=tuple(edges), celery_id=task_id)
         job = _graph.get()
+        place: dict[str, Any] = {} if job is None else job.place()
+        chosen = Options(**given, dependencies=tuple(edges), celery_id=task_id, **place)
         new = job.new_id() if job is not None else submitter.next_id()
         spec = submitter.function(new, function, self.name, arguments, inputs, chosen)
         _submit(submitter, job, spec)
         return Handle(task_id or str(new), app=app, backend=_backend(app), task_name=self.name)
+
+    @cached_property
+    def _function(self) -> str:
+        return function_name(self)
 
     @property
     def backend(self) -> Backend:
@@ -228,8 +238,9 @@ def shell(
     app = app or _app()
     submitter = _submitter(app)
     edges = _edges({"depends_on": depends_on, "after_any": after_any, "after_failed": after_failed})
-    chosen = Options(**_known({**(hints or {}), **options}), dependencies=tuple(edges))
     job = _graph.get()
+    place: dict[str, Any] = {} if job is None else job.place()
+    chosen = Options(**_known({**(hints or {}), **options}), dependencies=tuple(edges), **place)
     new = job.new_id() if job is not None else submitter.next_id()
     variables = None if env is None else {os.fsencode(k): os.fsencode(v) for k, v in env.items()}
     spec = submitter.command(new, argv, chosen, stdin=stdin, cwd=cwd, env=variables)

@@ -6,8 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from getpass import getuser
+from typing import Any
 
 from aque import doorbell
 from aque.errors import BadInput
@@ -126,9 +128,11 @@ class Submitter:
                 f"stdin has {len(stdin)} bytes, at most {self.settings.stdin_limit_bytes} are stored with a task "
                 "(setting stdin_limit_bytes). Nothing was submitted: let the command read a file."
             )
-        spec = self._spec(task_id, options, Pattern.SHELL, os.fsdecode(os.path.basename(words[0]) or words[0]))
-        return replace(
-            spec,
+        return self._spec(
+            task_id,
+            options,
+            Pattern.SHELL,
+            os.fsdecode(os.path.basename(words[0]) or words[0]),
             argv=words,
             stdin=stdin,
             cwd=os.fsencode(cwd) if cwd is not None else os.getcwdb(),
@@ -140,14 +144,15 @@ class Submitter:
         self, task_id: int, function: str, name: str, arguments: bytes, inputs: Sequence[int], options: Options
     ) -> TaskSpec:
         """A function, given as "module:qualname", with its arguments as JSON of [args, kwargs]."""
-        spec = self._spec(task_id, options, Pattern.PYTHON, name)
-        return replace(
-            spec,
+        return self._spec(
+            task_id,
+            options,
+            Pattern.PYTHON,
+            name,
             function=function,
             arguments=arguments,
             inputs=tuple(inputs),
             cwd=os.getcwdb(),
-            umask=_umask(),
             import_path=tuple(entry or os.getcwd() for entry in sys.path),
         )
 
@@ -155,24 +160,22 @@ class Submitter:
         """A job: it ends when the tasks in `options.dependencies` have."""
         return self._spec(task_id, options, Pattern.GROUP, "group")
 
-    def _spec(self, task_id: int, options: Options, pattern: Pattern, name: str) -> TaskSpec:
-        cpus = CpuRequest.parse(options.cpus).text
+    def _spec(self, task_id: int, options: Options, pattern: Pattern, name: str, **fields: Any) -> TaskSpec:
         dependencies = tuple(dict.fromkeys(options.dependencies))
         if len({d.upstream for d in dependencies}) < len(dependencies):
             raise BadInput(
                 "a task can depend on another one in one way only: ok, any or failed. Nothing was submitted."
             )
+        queue = options.queue or self.settings.default_queue
+        wanted = (queue, pattern, options.cpus, options.memory, options.host, options.platform)
+        try:
+            requirement = _requirement(*wanted)
+        except TypeError:  # something that cannot be hashed, and that the check below has a sentence for
+            requirement = _requirement.__wrapped__(*wanted)
         return TaskSpec(
             id=task_id,
             name=_text("name", options.name or name),
-            requirement=Requirement(
-                queue=_text("queue", options.queue or self.settings.default_queue),
-                pattern=pattern,
-                cpus=cpus,
-                memory_bytes=parse_memory(options.memory),
-                host=_text("host", options.host),
-                platform=_text("platform", options.platform),
-            ),
+            requirement=requirement,
             priority=_integer("priority", options.priority, -(1 << 31), (1 << 31) - 1),
             duration=_seconds("duration", options.duration),
             io_paths=tuple(os.fsencode(path) for path in options.io_paths),
@@ -185,6 +188,7 @@ class Submitter:
             time_limit_seconds=None if options.time_limit is None else _seconds("time_limit", options.time_limit),
             submitter=self._user,
             celery_id=options.celery_id,
+            **fields,
         )
 
     def _parent(self) -> int | None:
@@ -192,6 +196,21 @@ class Submitter:
         task_id = os.environ.get("AQUE_TASK_ID", "")
         same_farm = os.environ.get("AQUE_BROKER", "") == self.settings.to_url()
         return int(task_id) if task_id.isdecimal() and same_farm else None
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _requirement(
+    queue: str, pattern: Pattern, cpus: str | float, memory: str | int, host: str, platform: str
+) -> Requirement:
+    """The requirement, read and checked; remembered, since a graph of 100,000 tasks has few different ones."""
+    return Requirement(
+        queue=_text("queue", queue),
+        pattern=pattern,
+        cpus=CpuRequest.parse(cpus).text,
+        memory_bytes=parse_memory(memory),
+        host=_text("host", host),
+        platform=_text("platform", platform),
+    )
 
 
 def _environment(variables: Mapping[bytes, bytes]) -> bytes:

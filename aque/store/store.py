@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -283,7 +284,7 @@ class Store:
             spec.cwd,
             spec.umask,
             _digest(spec.environment) if spec.environment else None,
-            _json(spec.import_path) if spec.import_path else b"",
+            _json_list(spec.import_path) if spec.import_path else b"",
             _join(spec.io_paths),
             spec.time_limit_seconds,
             _json(spec.extra) if spec.extra else b"",
@@ -722,6 +723,12 @@ def _requirement_key(requirement: Requirement) -> dict[str, Any]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _json_list(values: tuple[Any, ...]) -> bytes:
+    """The same few lists stand in many rows of a graph."""
+    return _json(values)
 
 
 def _json(value: Any) -> bytes:
