@@ -390,9 +390,6 @@ class Scheduler:
         if returned or finished.repeated or any(task.id not in got for task in finished.ready):
             rings.add(doorbell.READY)
             self._look_ready = True
-        if doorbell.DONE in rings:
-            doorbell.ring(connection, rings)
-            rings = set()
         self._start_all(connection, started)
         if buffered:
             buffered = self._with_inputs(connection, buffered)

@@ -284,6 +284,19 @@ def finish_one() -> Statement:
     return _finish(SimpleNamespace(**{name: sa.bindparam(f"o_{name}", type_=kind) for name, kind in _OUTCOME.items()}))
 
 
+@cache
+def finish_one_with_result() -> Statement:
+    """PostgreSQL: `finish_one` and `store_results` (parameters `o_value`, `o_error`) in one round trip."""
+    moved = finish_one().cte("moved")
+    values = sa.select(
+        moved.c.id, sa.bindparam("o_value", type_=sa.LargeBinary), sa.bindparam("o_error", type_=sa.LargeBinary)
+    )
+    stored = (
+        _store_results("postgresql", ["task_id", "value", "error"], values).returning(result.c.task_id).cte("stored")
+    )
+    return sa.select(moved.c.id, moved.c.state, moved.c.dependents).add_cte(stored)
+
+
 def _finish(row: Any) -> Any:
     lost = row.state == State.READY
     repeat = sa.and_(row.repeat, task.c.kill_signal.is_(None), task.c.failed + 1 < task.c.max_attempts)
@@ -336,17 +349,20 @@ def keep_attempts(dialect: str) -> Statement:
     return sa.insert(attempt).from_select(names, chosen)
 
 
+def _matches(dialect: str) -> sa.ColumnElement[bool]:
+    """True for an edge that the completion of its upstream task satisfies: `succeeded` says which of them did.
+
+    Arrays, not a set of rows: joined to one, PostgreSQL read the whole table of edges for each task that finished.
+    """
+    succeeded = one_of(dialect, edge.c.upstream, "succeeded")
+    return sa.or_(edge.c.condition == Condition.ANY, (edge.c.condition == Condition.OK) == succeeded)
+
+
 def _satisfy(dialect: str) -> Any:
-    """Mark the edges that these completions (`rows`: id, ok) satisfy; returns the dependent of each."""
-    rows = row_set(dialect, "rows", id=sa.BigInteger(), ok=sa.Boolean())
-    matches = sa.or_(
-        edge.c.condition == Condition.ANY,
-        sa.and_(edge.c.condition == Condition.OK, rows.c.ok),
-        sa.and_(edge.c.condition == Condition.FAILED, sa.not_(rows.c.ok)),
-    )
+    """Mark the edges that the completions of `ids` satisfy; returns the dependent of each."""
     return (
         sa.update(edge)
-        .where(edge.c.upstream == rows.c.id, sa.not_(edge.c.satisfied), matches)
+        .where(one_of(dialect, edge.c.upstream, "ids"), sa.not_(edge.c.satisfied), _matches(dialect))
         .values(satisfied=True)
         .returning(edge.c.downstream)
     )
@@ -394,18 +410,12 @@ def count_down() -> Statement:
 
 @cache
 def doomed(dialect: str) -> Statement:
-    """Every task that these completions (`rows`: id, ok) make impossible, at once and however far down the graph: a
-    dependent whose condition cannot be met any more, and all that need the success of such a one."""
-    rows = row_set(dialect, "rows", id=sa.BigInteger(), ok=sa.Boolean())
-    impossible = sa.or_(
-        sa.and_(edge.c.condition == Condition.OK, sa.not_(rows.c.ok)),
-        sa.and_(edge.c.condition == Condition.FAILED, rows.c.ok),
+    """Every task that the completions of `ids` (`succeeded`: those that did) make impossible, at once and however far down
+    the graph: a dependent whose condition cannot be met any more, and all that need the success of such a one."""
+    first = sa.select(edge.c.downstream.label("id")).where(
+        one_of(dialect, edge.c.upstream, "ids"), sa.not_(edge.c.satisfied), sa.not_(_matches(dialect))
     )
-    found = (
-        sa.select(edge.c.downstream.label("id"))
-        .where(edge.c.upstream == rows.c.id, impossible)
-        .cte("found", recursive=True)
-    )
+    found = first.cte("found", recursive=True)
     found = found.union(
         sa.select(edge.c.downstream).where(edge.c.upstream == found.c.id, edge.c.condition == Condition.OK)
     )
@@ -445,7 +455,14 @@ def end_groups(dialect: str) -> Statement:
 
 @cache
 def store_results(dialect: str) -> Statement:
+    """Results of tasks (`task_id`, `value`, `error`), in place of those of an earlier attempt."""
+    return _store_results(dialect)
+
+
+def _store_results(dialect: str, names: list[str] | None = None, values: Any = None) -> Any:
     insert = _insert(dialect, result)
+    if values is not None:
+        insert = insert.from_select(names, values)
     return insert.on_conflict_do_update(
         index_elements=[result.c.task_id], set_={"value": insert.excluded.value, "error": insert.excluded.error}
     )

@@ -395,9 +395,18 @@ class Store:
             }
             for o in sorted(outcomes, key=lambda o: o.id)
         ]
+        values = [
+            {"task_id": o.id, "value": o.value, "error": o.error}
+            for o in outcomes
+            if o.value is not None or o.error is not None
+        ]
         if len(rows) == 1:
-            one = {f"o_{name}": value for name, value in rows[0].items()}
-            written = connection.execute(sql.finish_one(), {**one, "max_lost": max_lost}).all()
+            one: dict[str, Any] = {f"o_{name}": value for name, value in rows[0].items()} | {"max_lost": max_lost}
+            if values and self.dialect == "postgresql":
+                one |= {"o_value": values[0]["value"], "o_error": values[0]["error"]}
+                written, values = connection.execute(sql.finish_one_with_result(), one).all(), []
+            else:
+                written = connection.execute(sql.finish_one(), one).all()
         else:
             parameters = {"rows": json.dumps(rows), "max_lost": max_lost}
             written = connection.execute(sql.finish(self.dialect), parameters).all()
@@ -409,12 +418,7 @@ class Store:
             self._keep_attempts(connection, failed, State.ERROR, None)
         if gone := [i for i in repeated if i in lost]:
             self._keep_attempts(connection, gone, "lost", Reason.WORKER_LOST)
-        values = [
-            {"task_id": o.id, "value": o.value, "error": o.error}
-            for o in outcomes
-            if o.id in moved and (o.value is not None or o.error is not None)
-        ]
-        if values:
+        if values := [row for row in values if row["task_id"] in moved]:
             connection.execute(sql.store_results(self.dialect), values)
         released = self.release(connection, written)
         return Finished(
@@ -432,10 +436,10 @@ class Store:
         result = Released()
         wave = {row.id: (State(row.state), row.dependents) for row in moved}
         while wave := {i: (state, n) for i, (state, n) in wave.items() if n and state in COMPLETE_STATES}:
-            rows = json.dumps([{"id": i, "ok": state is State.SUCCESS} for i, (state, _) in sorted(wave.items())])
-            counted = self._count_down(connection, rows)
+            ended = {"ids": sorted(wave), "succeeded": [i for i, (state, _) in wave.items() if state is State.SUCCESS]}
+            counted = self._count_down(connection, ended)
             if sum(n for _, n in counted) < sum(n for _, n in wave.values()):
-                doomed = connection.execute(sql.doomed(self.dialect), {"rows": rows}).scalars().all()
+                doomed = connection.execute(sql.doomed(self.dialect), ended).scalars().all()
                 skipped = connection.execute(sql.skip(self.dialect), {"ids": list(doomed)}).all()
             else:  # every edge out of these tasks is satisfied: none has become impossible
                 skipped = []
@@ -453,11 +457,11 @@ class Store:
                     wave[row.id] = (State(row.state), row.dependents)
         return result
 
-    def _count_down(self, connection: sa.Connection, rows: str) -> list[tuple[Any, int]]:
-        """Satisfy what these completions satisfy; each dependent as it now is, with how many of its edges that were."""
+    def _count_down(self, connection: sa.Connection, ended: dict[str, list[int]]) -> list[tuple[Any, int]]:
+        """Satisfy what these completions (`ids`, `succeeded`) satisfy; each dependent as it now is, with how many of its edges that were."""
         if self.dialect == "postgresql":
-            return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), {"rows": rows})]
-        met = Counter(connection.execute(sql.satisfy(), {"rows": rows}).scalars())
+            return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), ended)]
+        met = Counter(connection.execute(sql.satisfy(), ended).scalars())
         if not met:
             return []
         counts = json.dumps([{"id": i, "n": n} for i, n in sorted(met.items())])

@@ -63,7 +63,7 @@ def test_inspect_active_shows_running_functions_and_commands(farm: Farm, client:
     worker = farm.workers[0]
 
     def active() -> dict[str, Any]:
-        return {request["id"]: request for request in worker.ask(client, "active")[worker.name]}
+        return {request["id"]: request for request in worker.ask(client, "active").get(worker.name, [])}
 
     wait_until(lambda: {function.id, command.id} <= active().keys(), LIMIT, "both are shown")
     shown = active()

@@ -1,0 +1,342 @@
+"""Workers that die, stop or stall, and databases that go away: nothing is lost, nothing is recorded twice."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import psycopg2
+import pytest
+
+import aque
+from tests.faults import dag
+from tests.servers import PostgreSQL, wait_until
+from tests.worker import tasks
+from tests.worker.farm import LIMIT_SECONDS, Farm, Worker, processes_with
+
+LIMIT = LIMIT_SECONDS
+#: `python -m tests.faults.dag --tasks 10000 --kill` runs the large one.
+DAG_TASKS = 1000
+#: Writes its attempt, then waits for the gate of this attempt.
+STEP = 'echo "$AQUE_ATTEMPT" >>"$1"; until [ -e "$2.$AQUE_ATTEMPT" ]; do sleep 0.02; done'
+
+
+class Step:
+    """A command or function that runs until the test opens its gate, and says which attempts have started."""
+
+    def __init__(self, directory: Path, kind: str = "command") -> None:
+        name = uuid4().hex
+        self.path, self.gate = directory / f"started-{name}", directory / f"gate-{name}"
+        self.mark = f"TEST_MARK={name}"
+        if kind == "command":
+            text = f"export {self.mark}; setsid sleep 1000 & {STEP}"
+            self.task = aque.shell(["sh", "-c", text, "sh", str(self.path), str(self.gate)], cpus=0.5)
+        else:
+            self.gate = self.gate.with_suffix(".1")
+            self.task = tasks.started.apply_async((str(self.path), str(self.gate)), cpus=0.5)
+
+    @property
+    def attempts(self) -> list[int]:
+        return [int(line.split()[0]) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def wait_until_it_runs(self, attempt: int = 1) -> None:
+        wait_until(lambda: self.attempts[-1:] == [attempt], LIMIT, f"attempt {attempt} runs")
+
+    def finish(self, attempt: int = 1) -> None:
+        """Let this attempt end by itself."""
+        (self.gate if self.gate.suffix else self.gate.with_suffix(f".{attempt}")).touch()
+
+    def processes(self) -> list[psutil.Process]:
+        """All of the command that lives."""
+        return processes_with(self.mark)
+
+
+def expired(farm: Farm, worker: Worker) -> float:
+    """How many seconds ago the lease of a worker ended."""
+    with farm.store.connect() as connection:
+        return max(row.expired_seconds for row in farm.store.workers(connection) if row.info.name == worker.name)
+
+
+# -- kill -9 --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_survives_that_one_of_two_workers_is_killed_in_the_middle(own_farm: Farm, tmp_path: Path) -> None:
+    found = dag.run(own_farm, tmp_path, DAG_TASKS, dag.kill_one_and_start_another)
+    assert found.states == {"success": DAG_TASKS + 1}
+    assert (found.never_ran, found.out_of_order, found.findings) == ([], [], [])
+
+
+def test_what_a_killed_worker_ran_is_gone_before_it_runs_again(own_farm: Farm, tmp_path: Path) -> None:
+    first = own_farm.start_worker("-c", "1", name="first", cpus=2)
+    command, function = Step(tmp_path), Step(tmp_path, "function")
+    for step in (command, function):
+        step.wait_until_it_runs()
+    old = [*command.processes(), psutil.Process(int(function.path.read_text().split()[1]))]
+    assert len(old) >= 3
+    first.kill()
+    own_farm.start_worker("-c", "1", name="second", cpus=2)
+    for step in (command, function):
+        step.wait_until_it_runs(2)
+        assert not [process for process in old if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        step.finish(2)
+        own_farm.wait_for_state(step.task, "success")
+        assert own_farm.attempts(step.task) == [(1, "lost", "worker_lost")]
+
+
+def test_a_task_whose_workers_die_three_times_ends_as_lost(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", name="worker1", cpus=1)
+    step = Step(tmp_path)
+    for attempt in (1, 2, 3):
+        step.wait_until_it_runs(attempt)
+        worker.kill()
+        worker = own_farm.start_worker("-c", "1", name=f"worker{attempt + 1}", cpus=1)
+    row = own_farm.wait_for_state(step.task, "error")
+    assert (row["reason"], row["lost"], row["attempt"]) == ("worker_lost", 3, 3)
+    assert aque.shell(["true"]).get(timeout=LIMIT)["exit_code"] == 0
+
+
+def test_a_task_that_was_killed_while_its_worker_was_dead_never_starts_again(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", name="first")
+    step = Step(tmp_path)
+    step.wait_until_it_runs()
+    worker.kill()
+    step.task.kill()
+    own_farm.start_worker("-c", "1", name="second")
+    row = own_farm.wait_for_state(step.task, "killed")
+    assert (row["reason"], step.attempts) == ("request", [1])
+
+
+def test_the_supervisor_of_a_command_that_is_killed_costs_an_attempt_and_leaves_no_process(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    own_farm.start_worker("-c", "1")
+    step = Step(tmp_path)
+    step.wait_until_it_runs()
+    (shell,) = [process for process in step.processes() if process.name() == "sh"]
+    old = step.processes()
+    supervisor = shell.parent()
+    assert supervisor is not None
+    supervisor.kill()
+    step.wait_until_it_runs(2)
+    assert not [process for process in old if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    step.finish(2)
+    own_farm.wait_for_state(step.task, "success")
+    assert own_farm.attempts(step.task) == [(1, "lost", "worker_lost")]
+
+
+def test_the_supervisors_server_that_is_killed_is_replaced(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=2)
+    step = Step(tmp_path)
+    step.wait_until_it_runs()
+    (shell,) = [process for process in step.processes() if process.name() == "sh"]
+    supervisor = shell.parent()
+    assert supervisor is not None
+    server = supervisor.parent()
+    assert server is not None
+    assert server.pid != worker.pid
+    server.kill()
+    assert aque.shell(["echo", "next"], cpus=0.5).get(timeout=LIMIT)["stdout"] == "next\n"
+    step.finish(1)
+    step.finish(2)
+    own_farm.wait_for_state(step.task, "success")
+
+
+# -- stopped and stalled --------------------------------------------------------------------------------------------------
+
+
+def test_the_only_worker_may_stand_still_for_three_leases_and_its_command_ends_as_attempt_1(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    worker = own_farm.start_worker("-c", "1", lease_seconds=1, cpus=2)
+    running, ending = Step(tmp_path), Step(tmp_path)
+    for step in (running, ending):
+        step.wait_until_it_runs()
+    worker.deliver(signal.SIGSTOP)
+    try:
+        ending.finish()  # while nobody can hear of it
+        wait_until(lambda: expired(own_farm, worker) > 3, LIMIT, "three leases are over")
+    finally:
+        worker.deliver(signal.SIGCONT)
+    running.finish()
+    for step in (running, ending):
+        assert own_farm.wait_for_state(step.task, "success", "error")["attempt"] == 1
+        assert (own_farm.state(step.task), step.attempts) == ("success", [1])
+
+
+@contextmanager
+def another_pid_namespace() -> Iterator[list[str]]:
+    """The words before a command that make it see no process of ours, as on another machine."""
+    words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a pid namespace")
+    if shutil.which("unshare") is None or subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("unshare --pid --mount-proc does not work here")
+    yield words
+
+
+def test_a_worker_that_stalls_past_its_lease_loses_its_tasks_to_another_machine_and_kills_them(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    with another_pid_namespace() as elsewhere:
+        stalled = own_farm.start_worker("-c", "1", name="stalled", cpus=2, lease_seconds=1)
+        command, function = Step(tmp_path), Step(tmp_path, "function")
+        for step in (command, function):
+            step.wait_until_it_runs()
+        old = [*command.processes(), psutil.Process(int(function.path.read_text().split()[1]))]
+        stalled.deliver(signal.SIGSTOP)
+        try:
+            own_farm.start_worker("-c", "1", name="elsewhere", cpus=2, lease_seconds=1, before=elsewhere)
+            for step in (command, function):
+                step.wait_until_it_runs(2)
+            command.finish(2)
+            own_farm.wait_for_state(command.task, "success")
+        finally:
+            stalled.deliver(signal.SIGCONT)
+        gone, alive = psutil.wait_procs(old, timeout=LIMIT)
+        assert alive == []
+        assert len(gone) == len(old)
+        wait_until(lambda: "lost_lease" in stalled.log(), LIMIT, "it says what happened")
+        function.finish()
+        for step in (command, function):
+            row = own_farm.wait_for_state(step.task, "success")
+            assert (row["attempt"], row["worker"]) == (2, "elsewhere@test")
+            assert own_farm.attempts(step.task) == [(1, "lost", "worker_lost")]
+            assert step.attempts == [1, 2]
+        assert aque.shell(["true"], cpus=2).get(timeout=LIMIT)["exit_code"] == 0
+        wait_until(lambda: len(own_farm.live()) == 2, LIMIT, "the one that stalled works again, as a new worker")
+
+
+# -- a worker that is told to stop ------------------------------------------------------------------------------------------
+
+
+def test_sigterm_lets_a_worker_finish_what_it_runs_and_start_nothing(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=1, drain_seconds=60)
+    command, function, later = Step(tmp_path), Step(tmp_path, "function"), aque.shell(["true"])
+    for step in (command, function):
+        step.wait_until_it_runs()
+    worker.deliver(signal.SIGTERM)
+    wait_until(lambda: "Warm shutdown" in worker.log(), LIMIT, "it drains")
+    command.finish()
+    function.finish()
+    worker.stop()
+    for step in (command, function):
+        row = own_farm.row(step.task)
+        assert (row["state"], row["attempt"], step.attempts) == ("success", 1, [1])
+    assert own_farm.row(later)["state"] == "ready"
+    assert own_farm.live() == []
+
+
+def test_a_worker_that_has_drained_long_enough_gives_back_what_runs(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=1, drain_seconds=0.2)
+    command, function = Step(tmp_path), Step(tmp_path, "function")
+    for step in (command, function):
+        step.wait_until_it_runs()
+    worker.stop(signal.SIGTERM)
+    assert command.processes() == []
+    for step in (command, function):
+        row = own_farm.row(step.task)
+        assert (row["state"], row["attempt"], row["lost"]) == ("ready", 0, 0)
+
+
+def test_sigquit_makes_a_worker_give_back_what_it_runs_at_once_without_spending_an_attempt(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=1, drain_seconds=60)
+    command, function = Step(tmp_path), Step(tmp_path, "function")
+    for step in (command, function):
+        step.wait_until_it_runs()
+    worker.stop(signal.SIGQUIT)
+    assert command.processes() == []
+    for step in (command, function):
+        row = own_farm.row(step.task)
+        assert (row["state"], row["attempt"], row["lost"]) == ("ready", 0, 0)
+    own_farm.start_worker("-c", "1", name="next", cpus=1)
+    for step in (command, function):
+        wait_until(lambda step=step: step.attempts == [1, 1], LIMIT, "it runs again")  # type: ignore[misc]
+        step.finish()
+        assert own_farm.wait_for_state(step.task, "success")["attempt"] == 1
+
+
+# -- the database -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def postgresql_farm(own_postgresql: PostgreSQL, tmp_path: Path) -> Iterator[Farm]:
+    with Farm(own_postgresql.url, tmp_path) as farm, farm.entered():
+        yield farm
+        assert farm.findings() == []
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_nothing_is_lost_when_postgresql_restarts(
+    own_postgresql: PostgreSQL, postgresql_farm: Farm, tmp_path: Path, mode: str
+) -> None:
+    long = Step(tmp_path)
+
+    def trouble(workers: list[Worker]) -> None:
+        long.wait_until_it_runs()
+        own_postgresql.restart(mode)
+        postgresql_farm.store.close()  # this process's connections are gone too
+        assert all(worker.running() for worker in workers)
+        long.finish()
+
+    found = dag.run(postgresql_farm, tmp_path, 400, trouble)
+    assert found.states == {"success": 402}
+    assert (found.never_ran, found.out_of_order, found.findings, found.lost) == ([], [], [], 0)
+    assert (postgresql_farm.row(long.task)["attempt"], long.attempts) == (1, [1])
+
+
+def test_a_command_that_ends_while_postgresql_is_away_is_recorded_when_it_is_back(
+    own_postgresql: PostgreSQL, postgresql_farm: Farm, tmp_path: Path
+) -> None:
+    postgresql_farm.start_worker("-c", "1", cpus=2, lease_seconds=1)
+    command, function = Step(tmp_path), Step(tmp_path, "function")
+    for step in (command, function):
+        step.wait_until_it_runs()
+    own_postgresql.stop("fast")
+    for step in (command, function):
+        step.finish()
+    wait_until(lambda: not command.processes(), LIMIT, "it is over")
+    own_postgresql.start()
+    postgresql_farm.store.close()  # this process's connections are gone too
+    for step in (command, function):
+        row = postgresql_farm.wait_for_state(step.task, "success")
+        assert (row["attempt"], row["lost"], step.attempts) == (1, 0, [1])
+
+
+def test_nothing_is_lost_when_all_connections_are_ended_again_and_again(
+    own_postgresql: PostgreSQL, postgresql_farm: Farm, tmp_path: Path
+) -> None:
+    enough, rounds = threading.Event(), 0
+
+    def end_connections() -> None:
+        nonlocal rounds
+        while not enough.wait(0.2):
+            with suppress(psycopg2.OperationalError):
+                own_postgresql.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+                )
+            rounds += 1
+
+    ending = threading.Thread(target=end_connections)
+
+    def trouble(workers: list[Worker]) -> None:
+        ending.start()
+        try:
+            wait_until(lambda: rounds >= 15, LIMIT, "fifteen rounds of it")
+        finally:
+            enough.set()
+            ending.join()
+            postgresql_farm.store.close()  # this process's connections are gone too
+        assert all(worker.running() for worker in workers)
+
+    found = dag.run(postgresql_farm, tmp_path, 600, trouble, at=0.1)
+    assert found.states == {"success": 601}
+    assert (found.never_ran, found.out_of_order, found.findings, found.lost) == ([], [], [], 0)
