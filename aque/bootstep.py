@@ -63,8 +63,9 @@ class AqueWorker:
             self.ledger,
             Place(socket.gethostname(), sys.platform, self.queues, self.whole),
             runner.start,
-            worker.app.conf.get("aque_until"),
-            _end_worker,
+            until=worker.app.conf.get("aque_until"),
+            on_end=_end_worker,
+            is_urgent=lambda: celery_state.should_terminate not in (None, False),
         )
         self.finished = self.scheduler.finished
         self.wrote = self.scheduler.wrote
@@ -119,14 +120,15 @@ class AqueWorker:
 
     def stop(self, drain_seconds: float) -> None:
         """Finish or give back everything, and leave the table."""
-        self.scheduler.stop(drain_seconds)
+        clean = self.scheduler.stop(drain_seconds)
         if self.heartbeat is not None:
             self.heartbeat.stop()
         self.commands.stop()
         self.eventer.stop(1.0)
         try:
-            with self.store.connect() as connection:
-                self.store.unregister(connection, self.worker_id)
+            if clean:
+                with self.store.connect() as connection:
+                    self.store.unregister(connection, self.worker_id)
         except AqueError as error:
             logger.error("this worker could not sign off: %s", error)
         self.store.close()
@@ -179,10 +181,9 @@ class WorkerStep(bootsteps.StartStopStep):
         settings = settings_of(worker.app)
         worker.aque = AqueWorker(worker, settings, open_store(settings), worker.aque_commands)
         worker.aque.start(worker.aque.worker_id)
-
-    def close(self, worker: Any) -> None:
-        if worker.aque is not None:
-            worker.aque.scheduler.drain()
+        # Celery closes the pool before it stops this step, and a closed pool silently drops what it is given: let it be
+        # closed when it is stopped, which is after the drain.
+        worker.pool.close = worker.aque.scheduler.drain
 
     def stop(self, worker: Any) -> None:
         if worker.aque is not None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 from celery import Celery, current_app, shared_task
 from celery import Task as CeleryTask
@@ -203,6 +203,14 @@ def refuse_message(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[...
         consumer.on_unknown_task(body, message, f"{task.name} runs from the table only")
 
     return strategy
+
+
+@overload
+def task(function: Callable[..., Any], /) -> Task: ...
+
+
+@overload
+def task(**options: Any) -> Callable[[Callable[..., Any]], Task]: ...
 
 
 def task(*args: Any, **options: Any) -> Any:

@@ -89,7 +89,11 @@ class Batch:
 
 
 class Scheduler:
-    """Claims, starts and finishes tasks for one worker. `start_task` starts an attempt and never raises."""
+    """Claims, starts and finishes tasks for one worker.
+
+    `start_task` starts an attempt and never raises; `on_end` is called when an `until` is reached; once `is_urgent` is true,
+    whatever runs is killed and given back.
+    """
 
     def __init__(
         self,
@@ -99,8 +103,10 @@ class Scheduler:
         ledger: Ledger,
         place: chooser.Place,
         start_task: Callable[[ClaimedTask, Any], Running],
-        until: Until | None = None,
-        on_end: Callable[[], None] = lambda: None,
+        *,
+        until: Until | None,
+        on_end: Callable[[], None],
+        is_urgent: Callable[[], bool],
     ) -> None:
         self._store = store
         self._settings = settings
@@ -108,6 +114,7 @@ class Scheduler:
         self._start_task = start_task
         self._until = until
         self._on_end = on_end
+        self._is_urgent = is_urgent
         self._claimer = claimer.Claimer(store, place, self._seconds)
         self._lock = threading.Lock()
         self._worker_id = worker_id
@@ -208,24 +215,36 @@ class Scheduler:
         self._draining = True
         self._wake()
 
-    def stop(self, drain_seconds: float) -> None:
-        """Drain; after `drain_seconds` kill what still runs and give it back, without spending an attempt."""
+    def stop(self, drain_seconds: float) -> bool:
+        """Drain; after `drain_seconds`, or at once if that is urgent, kill what still runs and give it back, without counting
+        it as failed or lost. False: something could not be ended or written; it is left to the reapers."""
         self.drain()
-        deadline = time.monotonic() + drain_seconds
-        while self.running() and time.monotonic() < deadline and self._thread.is_alive():
-            self._stopped.wait(0.05)
+        self._wait_until_idle(drain_seconds, self._is_urgent)
+        self._abandon()
+        idle = self._wait_until_idle(10.0, lambda: False)
+        self._stopped.set()
+        self._wake()
+        self._thread.join(10)
+        with self._lock:
+            return idle and not self._batch and not self._thread.is_alive()
+
+    def _wait_until_idle(self, seconds: float, is_enough: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.running():
+            if time.monotonic() >= deadline or is_enough() or not self._thread.is_alive():
+                return False
+            self._stopped.wait(0.02)
+        return True
+
+    def _abandon(self) -> None:
+        """Kill what runs, to be given back; what a person has killed ends as killed."""
+        self._draining = True
         with self._lock:
             left = [entry for entry in self._running.values() if entry.kill_signal is None]
             self._abandoned.update(entry.task.id for entry in left)
         for entry in left:
             logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
             self._kill(entry, 9)
-        deadline = time.monotonic() + 10
-        while self.running() and time.monotonic() < deadline:
-            self._stopped.wait(0.02)
-        self._stopped.set()
-        self._wake()
-        self._thread.join(10)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -285,6 +304,8 @@ class Scheduler:
             self._look_kills = False
             self._carry_out_kills(self._store.requested_kills(connection, self._worker_id))
         self._escalate_kills()
+        if self._is_urgent():
+            self._abandon()
         if self._draining:
             self._return_buffer()
         picked = self._look(connection)

@@ -87,17 +87,15 @@ def sentence(end: StoredResult) -> str | None:
 
 
 def error_text(stored: bytes | None) -> str:
-    """The last line of a stored error, `ValueError: bad`; "" if there is none."""
+    """A stored error in a line, `ValueError: bad`; "" if there is none."""
     try:
         error: Any = json.loads(stored or b"null")
     except ValueError:
         return ""
     if not isinstance(error, dict):
         return ""
-    lines = str(error.get("traceback") or "").strip().splitlines()
-    if lines:
-        return lines[-1]
-    kind, message = str(error.get("type") or "").removeprefix("builtins."), str(error.get("message") or "")
+    kind = str(error.get("type") or "").removeprefix("builtins.")
+    message = str(error.get("message") or "").strip().partition("\n")[0]
     return message if kind in ("", "CommandFailed") else f"{kind}: {message}"
 
 

@@ -597,9 +597,11 @@ def set_queues() -> Statement:
 
 @cache
 def stop_worker() -> Statement:
+    """Sign off `which_worker`, unless it still has tasks: those are for the reapers, who look at live workers only."""
+    busy = sa.exists().where(task.c.worker_id == worker.c.id, _in_states(_ON_WORKER))
     return (
         sa.update(worker)
-        .where(worker.c.id == sa.bindparam("which_worker"), worker.c.state == "live")
+        .where(worker.c.id == sa.bindparam("which_worker"), worker.c.state == "live", sa.not_(busy))
         .values(state="stopped", seen_at=wall_clock())
     )
 

@@ -458,7 +458,8 @@ class Store:
         return result
 
     def _count_down(self, connection: sa.Connection, ended: dict[str, list[int]]) -> list[tuple[Any, int]]:
-        """Satisfy what these completions (`ids`, `succeeded`) satisfy; each dependent as it now is, with how many of its edges that were."""
+        """Satisfy what these completions (`ids`, `succeeded`) satisfy: each dependent as it now is, and how many edges of it
+        that were."""
         if self.dialect == "postgresql":
             return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), ended)]
         met = Counter(connection.execute(sql.satisfy(), ended).scalars())
@@ -554,7 +555,7 @@ class Store:
         connection.execute(sql.set_queues(), {"which_worker": worker_id, "new_queues": json.dumps(sorted(queues))})
 
     def unregister(self, connection: sa.Connection, worker_id: int) -> None:
-        """The worker has stopped and given everything back."""
+        """The worker has stopped; one that has not given everything back stays, for the reapers."""
         connection.execute(sql.stop_worker(), {"which_worker": worker_id})
 
     def live_workers(self, connection: sa.Connection) -> list[WorkerRow]:
