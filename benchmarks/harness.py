@@ -4,26 +4,21 @@ Only ratios from one run mean something: the machine, its load and its temperatu
 round goes through the sides in the opposite order of the round before.
 """
 
-import argparse
-import json
 import os
 import platform
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, Self
 
 import psutil
-
-from tests.servers import MissingBinary
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -265,38 +260,3 @@ def measure_once(run: Run, measure: Measure, side: Side, limit_seconds: float) -
         series.rounds.append([measured] if isinstance(measured, float) else list(measured))
         if sys.stderr.isatty():
             print(f"{measure.title}, {side.name}: {statistics.median(series.rounds[-1]):.4f} s", file=sys.stderr)
-
-
-def main(ours: Sequence[Callable[[], Side]], peer: Callable[[], Side], arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmarks as a program; the ratios are those of `ours` to `peer`. 1 if a measurement failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side does everything (default: 3)")
-    parser.add_argument("--scale", type=float, default=1, help="multiply the number of tasks by this (default: 1)")
-    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="start no round that would not end")
-    parser.add_argument("--only", action="append", choices=[m.method for m in MEASURES], help="may be repeated")
-    options = parser.parse_args(arguments)
-    measures = [measure for measure in MEASURES if not options.only or measure.method in options.only]
-
-    with ExitStack() as stack:
-        sides = []
-        for make in [*ours, peer]:
-            try:
-                sides.append(stack.enter_context(make()))
-            except MissingBinary as missing:
-                print(f"one side is left out: {missing}", file=sys.stderr)
-        if not sides:
-            return 1
-        run = measure_all(
-            sides,
-            getattr(peer, "name", ""),
-            measures,
-            rounds=options.rounds,
-            scale=options.scale,
-            limit_seconds=options.limit,
-        )
-    print(run.table())
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json"
-    file.write_text(json.dumps(run.as_json(), indent=1) + "\n")
-    print(f"written to {file}")
-    return 1 if run.failed() else 0
