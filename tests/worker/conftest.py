@@ -15,10 +15,10 @@ from tests.worker.farm import Farm
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     report = (yield).get_result()
-    found = getattr(item, "funcargs", {})
-    farm = found.get("farm") or found.get("own_farm")
-    if report.failed and isinstance(farm, Farm):
-        report.sections.append(("workers", farm.log()))
+    for farm in getattr(item, "funcargs", {}).values():
+        if report.failed and isinstance(farm, Farm):
+            report.sections.append(("workers", farm.log()))
+            break
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])

@@ -1,0 +1,51 @@
+"""Celery's process pool, with locks that end with the process that holds them.
+
+The children of Celery's blocking pool share one pipe for tasks and one for results, and take turns by semaphores. A child that
+is killed while it waits for a task (the kernel's memory killer, `kill -9`, a TERM to the whole process group) has the
+semaphore, and nobody could ever take a task again. A record lock is released by the kernel with its holder.
+"""
+
+import fcntl
+import os
+from typing import Any
+
+from billiard.pool import Pool
+from celery.concurrency import prefork
+
+
+class ProcessLock:
+    """A lock between processes that the kernel releases when its holder dies. Not between threads of one process."""
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("aque-lock", os.MFD_CLOEXEC)
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Wait for the lock; without `block`, False if it is not free."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX if block else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class _Pool(Pool):
+    def _setup_queues(self) -> None:
+        super()._setup_queues()
+        self._inqueue._rlock = ProcessLock()
+        self._outqueue._wlock = ProcessLock()
+
+
+class TaskPool(prefork.TaskPool):
+    """Celery's prefork pool on such locks."""
+
+    BlockingPool: Any = _Pool

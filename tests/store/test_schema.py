@@ -1,0 +1,88 @@
+"""The migrations make exactly the tables that the code uses, once, and others are refused."""
+
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from aque import settings
+from aque.errors import BadStateDirectory, StoreUnreachable, WrongSchema
+from aque.store import Store, open_store, schema, tables
+from aque.store.engine import check_state_directory, file_system, open_engine
+
+
+def test_the_migrations_make_the_tables_of_the_code(store: Store) -> None:
+    with store.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": schema.VERSION_TABLE})
+        differences = [
+            difference
+            for difference in compare_metadata(context, tables.metadata)
+            if "aque_bus" not in str(difference) and schema.VERSION_TABLE not in str(difference)
+        ]
+    assert differences == []
+
+
+def test_the_version_that_the_code_asks_for_is_the_newest_migration() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.__file__).parent / "migrations"))
+    assert ScriptDirectory.from_config(config).get_current_head() == schema.HEAD
+
+
+def test_many_may_create_the_tables_at_once(store_url: str) -> None:
+    configured = settings.load({"AQUE_BROKER": store_url})
+    failures: list[Exception] = []
+
+    def create() -> None:
+        try:
+            schema.upgrade(open_engine(configured.store_url))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [Thread(target=create) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    open_store(configured).close()
+
+
+@pytest.mark.parametrize(("found", "advice"), [("0000", "aque init"), ("9999", "upgrade Aque")])
+def test_tables_of_another_version_are_refused_with_what_to_do(store: Store, found: str, advice: str) -> None:
+    def put(version: str) -> None:
+        with store.begin() as connection:
+            connection.exec_driver_sql(f"UPDATE {schema.VERSION_TABLE} SET version_num = '{version}'")
+
+    put(found)
+    with pytest.raises(WrongSchema, match=advice), store.connect() as connection:
+        schema.check(connection)
+    put(schema.HEAD)
+
+
+def test_a_server_that_is_not_there_is_named_without_its_password() -> None:
+    with pytest.raises(StoreUnreachable) as refused:
+        open_store(settings.load({"AQUE_BROKER": "postgresql://someone:secret@127.0.0.1:1/aque"}))
+    assert "127.0.0.1:1/aque" in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_state_directory_that_cannot_be_made_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadStateDirectory, match="AQUE_STATE_DIR"):
+        check_state_directory(tmp_path / "file" / "aque.db")
+
+
+def test_the_file_system_of_a_path_is_that_of_its_longest_mount_point() -> None:
+    mountinfo = (
+        "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        "2 1 0:9 / /home rw - nfs4 server:/home rw\n"
+        "3 2 8:2 / /home/with\\040blank rw - xfs /dev/sdb1 rw\n"
+    )
+    assert file_system(Path("/etc"), mountinfo) == "ext4"
+    assert file_system(Path("/home/someone/x"), mountinfo) == "nfs4"
+    assert file_system(Path("/home/with blank/x"), mountinfo) == "xfs"
+    assert file_system(Path("/homes"), mountinfo) == "ext4"
