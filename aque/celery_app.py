@@ -20,7 +20,7 @@ import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql w
 from aque import codec, control, machine
 from aque.backend import Backend
 from aque.bootstep import ConsumerStep, WorkerStep
-from aque.errors import BadInput, NotSubmittable
+from aque.errors import BadInput, NotSubmittable, UnknownTask
 from aque.farm import farm_of
 from aque.submitter import Options, Submitter
 from aque.values import Condition, Dependency, TaskSpec
@@ -440,7 +440,13 @@ def _id(task: Handle | int | str) -> int:
     text = task.id if isinstance(task, AsyncResult) else str(task)
     if not text.isdecimal():
         raise BadInput(f"a dependency must be a task handle or an id, not {task!r:.60}.")
+    if len(text) > LONGEST_ID:
+        raise UnknownTask([text])
     return int(text)
+
+
+#: A bigint has 19 digits; no sequence gets there.
+LONGEST_ID = 18
 
 
 def _condition(text: str) -> Condition:

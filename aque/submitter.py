@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from getpass import getuser
@@ -135,7 +135,7 @@ class Submitter:
             os.fsdecode(os.path.basename(words[0]) or words[0]),
             argv=words,
             stdin=stdin,
-            cwd=os.fsencode(cwd) if cwd is not None else os.getcwdb(),
+            cwd=_path("cwd", cwd) if cwd is not None else os.getcwdb(),
             umask=_umask(),
             environment=_environment(os.environb if env is None else env),
         )
@@ -178,7 +178,7 @@ class Submitter:
             requirement=requirement,
             priority=_integer("priority", options.priority, -(1 << 31), (1 << 31) - 1),
             duration=_seconds("duration", options.duration),
-            io_paths=tuple(os.fsencode(path) for path in options.io_paths),
+            io_paths=_paths("io_paths", options.io_paths),
             dependencies=dependencies,
             job_id=options.job_id,
             parent_id=options.parent_id if options.parent_id is not None else self._parent(),
@@ -216,7 +216,29 @@ def _requirement(
 def _environment(variables: Mapping[bytes, bytes]) -> bytes:
     """NAME=VALUE, each ended by NUL, in order of name: equal environments are stored once."""
     kept = sorted((name, value) for name, value in variables.items() if name not in _OWN_VARIABLES)
+    for name, value in kept:
+        if not name or b"=" in name or b"\0" in name or b"\0" in value:
+            raise BadInput(
+                f"the environment variable {os.fsdecode(name)!r:.60} cannot be given to a command: a name must be without '=', "
+                "and neither it nor the value may hold a NUL byte. Nothing was submitted."
+            )
     return b"".join(name + b"=" + value + b"\0" for name, value in kept)
+
+
+def _path(what: str, path: str | bytes) -> bytes:
+    try:
+        encoded = os.fsencode(path)
+    except TypeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise BadInput(f"{what} must be a path without a NUL byte, not {path!r:.60}. Nothing was submitted.")
+    return encoded
+
+
+def _paths(what: str, paths: Iterable[str | bytes]) -> tuple[bytes, ...]:
+    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
+        raise BadInput(f"{what} must be a list of paths, not {paths!r:.60}. Nothing was submitted.")
+    return tuple(_path(what, path) for path in paths)
 
 
 def _umask() -> int:

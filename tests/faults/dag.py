@@ -154,7 +154,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="how many (2)")
     parser.add_argument("--seed", type=int, default=1, help="of the graph (1)")
     parser.add_argument("--kill", action="store_true", help="kill -9 one worker in the middle, and start another")
-    parser.add_argument("--redis", choices=["run", "stop", "pause"], help="a private Redis as AQUE_CELERY_BROKER, and its fate")
+    parser.add_argument(
+        "--redis", choices=["run", "stop", "pause"], help="a private Redis as AQUE_CELERY_BROKER, and its fate"
+    )
     parser.add_argument("--seconds", type=float, default=10, help="how long Redis stays away (10)")
     parser.add_argument("--limit", type=float, default=900, help="give up after so many seconds (900)")
     chosen = parser.parse_args()
@@ -176,7 +178,9 @@ def main() -> int:
         )
     print(f"tasks by state: {found.states} (with the job itself)")
     print(f"runs: {found.runs}, attempts lost: {found.lost}, seconds: {found.seconds:.1f}")
-    print(f"never ran: {found.never_ran[:10]}, out of order: {found.out_of_order[:10]}, doctor: {found.findings or 'clean'}")
+    print(
+        f"never ran: {found.never_ran[:10]}, out of order: {found.out_of_order[:10]}, doctor: {found.findings or 'clean'}"
+    )
     return 0 if found.is_sound else 1
 
 

@@ -190,9 +190,7 @@ def test_flower_shows_a_running_task(farm: Farm, client: Celery, tmp_path: Path)
     pytest.importorskip("flower")
     gate, port = tmp_path / "gate", free_port()
     words = ["-A", "aque.celery_app", "flower", "--address=127.0.0.1", f"--port={port}"]
-    flower = farm.start_program(
-        sys.executable, "-m", "celery", *words, env={"FLOWER_UNAUTHENTICATED_API": "true"}
-    )
+    flower = farm.start_program(sys.executable, "-m", "celery", *words, env={"FLOWER_UNAUTHENTICATED_API": "true"})
     try:
 
         def shown() -> dict[str, Any]:

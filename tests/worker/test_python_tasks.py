@@ -54,7 +54,9 @@ def test_a_task_returns_its_result(farm: Farm) -> None:
     assert row["submitted_at"] <= row["started_at"] <= row["finished_at"]
 
 
-@pytest.mark.parametrize("value", [None, False, 0, "", [], {"a": [1, {"b": None}]}, "\x00 \ud800 ü", 2**80, b"\xff\x00", 1.5])
+@pytest.mark.parametrize(
+    "value", [None, False, 0, "", [], {"a": [1, {"b": None}]}, "\x00 \ud800 ü", 2**80, b"\xff\x00", 1.5]
+)
 def test_a_result_arrives_as_it_was_returned(farm: Farm, value: Any) -> None:
     assert tasks.echo.delay(value).get(timeout=LIMIT) == value
 
@@ -207,9 +209,7 @@ def test_a_task_that_exits_ends_in_error_and_is_not_taken_for_a_lost_one(farm: F
     assert (row["state"], row["reason"], row["attempt"], row["lost"]) == ("error", "exception", 1, 0)
 
 
-@pytest.mark.parametrize(
-    "kind", ["object", "nan", "infinity", "set of objects", "function", "bytes key", "deep"]
-)
+@pytest.mark.parametrize("kind", ["object", "nan", "infinity", "set of objects", "function", "bytes key", "deep"])
 def test_a_result_that_cannot_be_written_ends_the_task_in_error(farm: Farm, kind: str) -> None:
     task = tasks.return_what_cannot_be_stored.delay(kind)
     with pytest.raises(RemoteError, match="cannot be written as JSON"):
@@ -228,7 +228,9 @@ def test_a_result_of_64_megabytes_ends_the_task_in_error_among_good_ones(farm: F
     assert [good.get(timeout=LIMIT) for good in before + after] == [*range(10), *range(10)]
 
 
-def test_a_function_that_the_worker_cannot_import_is_named_with_the_path(farm: Farm, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_function_that_the_worker_cannot_import_is_named_with_the_path(
+    farm: Farm, tmp_path: Path, monkeypatch: Any
+) -> None:
     (tmp_path / "only_here.py").write_text("import aque\n\n@aque.task\ndef hello():\n    return 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     import only_here  # type: ignore[import-not-found]
@@ -286,7 +288,7 @@ def test_a_call_that_does_not_match_the_signature_is_refused_at_submit(farm: Far
 def test_a_task_that_runs_longer_than_its_time_limit_is_ended(farm: Farm, tmp_path: Path) -> None:
     path = tmp_path / "started"
     task = tasks.started.apply_async((str(path), str(tmp_path / "never")), time_limit=0.5)
-    with pytest.raises(TaskError, match="[Tt]ime"):
+    with pytest.raises(TaskError, match=r"[Tt]ime"):
         task.get(timeout=LIMIT)
     assert farm.row(task)["reason"] == "time_limit"
     wait_until(lambda: all(map(is_gone, pids(path))), what="its process is gone")

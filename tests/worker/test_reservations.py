@@ -51,10 +51,14 @@ def test_a_random_mix_never_reserves_more_than_the_worker_has_and_at_times_all_o
             if choose.random() < 0.5:
                 task = tasks.reserve.apply_async((path, cpus, seconds), cpus=cpus, depends_on=earlier)
             else:
-                task = aque.shell(["sh", "-c", WRITE, "sh", path, cpus, f"{seconds:.3f}"], cpus=cpus, depends_on=earlier)
+                task = aque.shell(
+                    ["sh", "-c", WRITE, "sh", path, cpus, f"{seconds:.3f}"], cpus=cpus, depends_on=earlier
+                )
             submitted.append(task)
     sampled = []
-    wait_until(lambda: sampled.append(reserved(own_farm)) or own_farm.counts().get("success") == 81, LIMIT, "all is done")
+    wait_until(
+        lambda: sampled.append(reserved(own_farm)) or own_farm.counts().get("success") == 81, LIMIT, "all is done"
+    )
     lines = Path(path).read_text().splitlines()
     assert len(lines) == 160
     assert peak(lines) == BUDGET

@@ -1,0 +1,164 @@
+"""What cannot work is refused where it is given: a sentence, and nothing half done."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+import aque
+from aque import settings
+from aque.errors import (
+    AqueError,
+    BadInput,
+    BadReservation,
+    BadStateDirectory,
+    Cycle,
+    StoreUnreachable,
+    UnknownTask,
+    WrongSchema,
+)
+from aque.store import open_store
+from tests.servers import PostgreSQL, free_port
+from tests.worker import tasks
+from tests.worker.farm import Farm
+
+BAD: dict[str, tuple[Callable[[], Any], type[AqueError], str]] = {
+    "reservation": (lambda: aque.shell(["true"], cpus="lots"), BadReservation, "'1.5'"),
+    "reservation of nothing that exists": (lambda: tasks.add.apply_async((1, 2), cpus=-1), BadReservation, "-1"),
+    "memory": (lambda: aque.shell(["true"], memory="much"), BadReservation, "'512M'"),
+    "no command": (lambda: aque.shell([]), BadInput, "no command"),
+    "empty command": (lambda: aque.shell([""]), BadInput, "no command"),
+    "one text": (lambda: aque.shell("echo hello"), BadInput, "list of words"),
+    "NUL": (lambda: aque.shell(["echo", "a\0b"]), BadInput, "NUL"),
+    "stdin": (lambda: aque.shell(["cat"], stdin=bytes((8 << 20) + 1)), BadInput, "stdin_limit_bytes"),
+    "option": (lambda: aque.shell(["true"], colour="red"), BadInput, "colour"),
+    "hint": (lambda: tasks.add.apply_async((1, 2), hints={"weather": 1}), BadInput, "weather"),
+    "priority": (lambda: aque.shell(["true"], priority=1 << 40), BadInput, "priority"),
+    "priority as a text": (lambda: aque.shell(["true"], priority="high"), BadInput, "priority"),
+    "duration": (lambda: aque.shell(["true"], duration=float("nan")), BadInput, "duration"),
+    "time limit": (lambda: aque.shell(["true"], time_limit=-1), BadInput, "time_limit"),
+    "attempts": (lambda: aque.shell(["true"], max_attempts=0), BadInput, "max_attempts"),
+    "queue": (lambda: aque.shell(["true"], queue="a\0"), BadInput, "queue"),
+    "queue of a wrong type": (lambda: aque.shell(["true"], queue=7), BadInput, "queue"),
+    "unknown task": (lambda: aque.shell(["true"], depends_on=987654321), UnknownTask, "987654321"),
+    "no task at all": (lambda: aque.shell(["true"], depends_on="soon"), BadInput, "handle or an id"),
+    "id out of range": (lambda: aque.shell(["true"], depends_on=10**30), BadInput, "1000000000"),
+    "an id of digits": (lambda: tasks.add.apply_async((1, 2), task_id="123"), BadInput, "task_id"),
+    "signal": (lambda: aque.shell(["true"]).kill("NOSUCH"), BadInput, "NOSUCH"),
+    "field": (lambda: list(aque.tasks(fields=["colour"])), BadInput, "colour"),
+    "condition": (lambda: list(aque.tasks({"colour": 1})), BadInput, "colour"),
+    "io_paths": (lambda: aque.shell(["true"], io_paths=7), BadInput, "io_paths"),
+    "environment": (lambda: aque.shell(["true"], env={"A": "b\0c"}), BadInput, "NUL"),
+    "variable without a name": (lambda: aque.shell(["true"], env={"A=B": "c"}), BadInput, "A=B"),
+    "directory": (lambda: aque.shell(["true"], cwd="/a\0b"), BadInput, "NUL"),
+}
+
+
+@pytest.fixture
+def quiet_farm(own_farm: Farm) -> Farm:
+    """Without a worker."""
+    return own_farm
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_it_is_refused_with_a_sentence_and_nothing_is_submitted(quiet_farm: Farm, case: str) -> None:
+    call, kind, words = BAD[case]
+    before = sum(quiet_farm.counts().values())
+    with pytest.raises(kind) as raised:
+        call()
+    assert words in str(raised.value)
+    assert sum(quiet_farm.counts().values()) == before + (case == "signal")
+
+
+def test_a_cycle_is_refused_with_its_path_and_nothing_of_the_graph_is_submitted(quiet_farm: Farm) -> None:
+    ids: list[str] = []
+    with pytest.raises(Cycle) as raised, aque.graph() as job:
+        first, second, third = (aque.shell(["true"]) for _ in range(3))
+        job.depend(second, on=first)
+        job.depend(third, on=second)
+        job.depend(first, on=third)
+        ids += [first.id, second.id, third.id]
+    assert {str(step) for step in raised.value.path} == set(ids)
+    assert quiet_farm.counts() == {}
+
+
+def test_a_graph_with_an_unknown_dependency_is_refused_as_a_whole(quiet_farm: Farm) -> None:
+    with pytest.raises(UnknownTask, match="987654321"), aque.graph():
+        for _ in range(200):
+            aque.shell(["true"])
+        aque.shell(["true"], depends_on=987654321)
+    assert quiet_farm.counts() == {}
+
+
+def test_a_graph_inside_a_graph_and_a_dependency_of_a_stranger_are_refused(quiet_farm: Farm) -> None:
+    outside = aque.shell(["true"])
+    with pytest.raises(BadInput, match="not nested"), aque.graph(), aque.graph():
+        pass
+    with pytest.raises(BadInput, match="not part of this graph"), aque.graph() as job:
+        job.depend(outside, on=aque.shell(["true"]))
+    with pytest.raises(BadInput, match="condition"), aque.graph() as job:
+        job.depend(aque.shell(["true"]), on=outside, condition="maybe")
+    assert quiet_farm.counts() == {"ready": 1}
+
+
+def test_one_task_that_depends_on_another_in_two_ways_is_refused(quiet_farm: Farm) -> None:
+    first = aque.shell(["true"])
+    with pytest.raises(BadInput, match="one way only"):
+        aque.shell(["true"], depends_on=first, after_any=first)
+
+
+def test_a_chain_of_20000_in_one_graph_is_submitted(quiet_farm: Farm) -> None:
+    with aque.graph():
+        last = aque.shell(["true"])
+        for _ in range(20_000):
+            last = aque.shell(["true"], depends_on=last)
+    assert quiet_farm.counts() == {"ready": 1, "pending": 20_001}
+
+
+def test_a_database_that_does_not_answer_is_one_sentence_without_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("AQUE_BROKER", f"postgresql://someone:secret@127.0.0.1:{port}/nothing")
+    for call in (lambda: aque.shell(["true"]), lambda: tasks.add.delay(1, 2), lambda: list(aque.tasks())):
+        with pytest.raises(StoreUnreachable, match=str(port)) as raised:
+            call()
+        assert "secret" not in str(raised.value)
+
+
+def test_a_database_without_tables_and_one_of_another_version_are_refused(fresh_postgresql_url: str) -> None:
+    configured = settings.load({"AQUE_BROKER": fresh_postgresql_url})
+    with pytest.raises(WrongSchema, match="aque init"):
+        open_store(configured)
+    with psycopg2.connect(fresh_postgresql_url) as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE aque_schema_version (version_num varchar(32)); ")
+        cursor.execute("INSERT INTO aque_schema_version VALUES ('9999')")
+    with pytest.raises(WrongSchema, match="newer"):
+        open_store(configured)
+
+
+@pytest.mark.parametrize("state_dir", ["/proc/aque", "/dev/null/aque"])
+def test_a_state_directory_that_cannot_be_made_is_named(state_dir: str) -> None:
+    with pytest.raises(BadStateDirectory, match="AQUE_STATE_DIR") as raised:
+        open_store(settings.load({"AQUE_STATE_DIR": state_dir}))
+    assert state_dir in str(raised.value)
+
+
+def test_a_file_that_is_no_database_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "aque.db").write_bytes(b"this is no database at all" * 100)
+    with pytest.raises(AqueError, match=r"aque\.db"):
+        open_store(settings.load({"AQUE_STATE_DIR": str(tmp_path)}))
+
+
+def test_a_process_that_stayed_connected_submits_again_after_the_database_was_restarted(
+    own_postgresql: PostgreSQL, tmp_path: Path
+) -> None:
+    with Farm(own_postgresql.url, tmp_path) as farm, farm.entered():
+        aque.shell(["true"])
+        own_postgresql.restart("fast")
+        with suppress(StoreUnreachable):  # it may find out with the first one
+            aque.shell(["true"])
+        aque.shell(["true"])
+        farm.store.close()
+        assert farm.counts()["ready"] >= 2
