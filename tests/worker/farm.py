@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -81,8 +82,11 @@ class Farm:
     def __exit__(self, *_: object) -> None:
         """Stop every worker, and see that nothing of the farm is left."""
         try:
-            stopped = [worker.name for worker in self.workers if worker.running() and not worker.end()]
-            assert not stopped, f"workers that had to be killed: {stopped}"
+            running = [worker for worker in self.workers if worker.running()]
+            with ThreadPoolExecutor(len(running) or 1) as together:
+                obeyed = list(together.map(Worker.end, running))
+            deaf = [worker.name for worker, did in zip(running, obeyed, strict=True) if not did]
+            assert not deaf, f"workers that had to be killed: {deaf}"
             self.wait_until_nothing_is_left()
         finally:
             for process in self.processes():

@@ -410,7 +410,7 @@ def test_how_many_lost_attempts_end_a_task_is_a_setting(own_farm: Farm, tmp_path
 
 def test_a_kill_that_comes_as_a_task_ends_harms_no_other_task(own_farm: Farm) -> None:
     own_farm.start_worker("-c", "2", cpus=2)
-    for _ in range(60):
+    for _ in range(25):
         raced = [tasks.echo.delay(n) for n in range(4)]
         for task in raced:
             task.kill("KILL")
