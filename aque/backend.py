@@ -117,7 +117,8 @@ class Backend(CeleryBackend):
         store = farm_of(self.app).store
         with store.connect() as connection:
             ids = store.ids_of(connection, celery_ids)
-        if unknown := [i for i in celery_ids if i not in ids]:
+            existing = store.existing(connection, ids.values())
+        if unknown := [i for i in celery_ids if ids.get(i) not in existing]:
             raise UnknownTask(unknown, "They cannot be waited for.")
         by_id = {task_id: celery_id for celery_id, task_id in ids.items()}
         left = set(by_id)

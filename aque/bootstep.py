@@ -159,10 +159,14 @@ class AqueWorker:
 
         request.on_success = followed(request.on_success)
         request.on_failure = followed(request.on_failure)
-        request.on_timeout = followed(request.on_timeout, lambda soft, *_: not soft)
+        request.on_timeout = followed(request.on_timeout, lambda soft, timeout: not soft)
 
         def start() -> None:
-            handle(request)
+            try:
+                handle(request)
+            except Exception:
+                logger.exception("an ordinary task could not be started: %s", request.id)
+                release()
             if request._already_revoked:  # while it waited for its turn: it was dropped, and nothing will call back
                 release()
 
@@ -267,6 +271,9 @@ def _prepare(sender: Any, **_: Any) -> None:
         # In the hub's loop the thread that waits for the broker is the one that reads the pool's results: while the broker
         # is away nothing would finish (measured: 8 -> 8 finished tasks in 5 s, against 12 -> 50).
         sender.use_eventloop = False
+        # The ledger bounds what the pool has. Its own bound would block the thread that reports an end, and that is about to
+        # free the place, when the next task is started from there.
+        sender.pool_putlocks = False
     sender.aque_commands = CommandRunner()
     sender.aque_commands.start()
 

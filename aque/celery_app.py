@@ -14,6 +14,7 @@ from typing import Any, overload
 from celery import Celery, current_app, shared_task
 from celery import Task as CeleryTask
 from celery._state import get_current_task
+from celery.local import Proxy
 from celery.result import AsyncResult
 
 import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql with kombu
@@ -47,17 +48,24 @@ class Handle(AsyncResult):
     """A submitted task: `.id` (its decimal id as text), `.get()`, `.state`, and everything else that Celery's AsyncResult
     has. As an argument of another task it stands for this one's result, and makes it a dependency."""
 
-    @property
-    def task_id_number(self) -> int:
-        """The id in the table."""
-        return int(self.id)
+    @cached_property
+    def number(self) -> int:
+        """The id in the table, also where a caller brought another one."""
+        if self.id.isdecimal():
+            return int(self.id)
+        store = farm_of(self.app).store
+        with store.connect() as connection:
+            found = store.ids_of(connection, [self.id])
+        if self.id not in found:
+            raise UnknownTask([self.id], "It cannot be used.")
+        return found[self.id]
 
     def kill(self, signal: str | int = "TERM") -> None:
         """Withdraw the task if it waits, signal it if it runs."""
-        control.kill(farm_of(self.app).store, [int(self.id)], control.parse_signal(signal))
+        control.kill(farm_of(self.app).store, [self.number], control.parse_signal(signal))
 
 
-codec.register_handle(Handle, lambda handle: handle.task_id_number)
+codec.register_handle(Handle, lambda handle: handle.number)
 
 
 class Graph:
@@ -162,6 +170,8 @@ class Task(CeleryTask):
         submitted.
         """
         app = self._get_app()
+        if app.conf.task_always_eager:
+            return self.apply(args, kwargs, task_id=task_id)
         submitter = _submitter(app)
         if self.typing:
             self.__header__(*(args or ()), **(kwargs or {}))  # the signature, checked as Celery does
@@ -179,7 +189,13 @@ class Task(CeleryTask):
         new = job.new_id() if job is not None else submitter.next_id()
         spec = submitter.function(new, function, self.name, arguments, inputs, chosen)
         _submit(submitter, job, spec)
-        return Handle(task_id or str(new), app=app, backend=_backend(app), task_name=self.name)
+        handle = Handle(task_id or str(new), app=app, backend=_backend(app), task_name=self.name)
+        handle.number = new
+        return handle
+
+    def retry(self, *args: Any, exc: Exception | None = None, **options: Any) -> Any:
+        """Ends the attempt with `exc`: an attempt is repeated as often as `max_attempts` says, without being asked."""
+        raise exc or BadInput("self.retry() is not supported yet: give the task max_attempts, and raise an exception.")
 
     @cached_property
     def _function(self) -> str:
@@ -384,6 +400,15 @@ def function_name(called: CeleryTask) -> str:
         raise NotSubmittable(
             f"{module_name}:{qualname} cannot be found by name: {error}. Nothing was submitted."
         ) from error
+    if isinstance(found, Proxy):
+        found = found._get_current_object()
+    is_this_task = isinstance(found, CeleryTask) and found.name == called.name
+    if not is_this_task and found is not called.run:
+        raise NotSubmittable(
+            f"{module_name}:{qualname} is not the task {called.name}: a worker would run something else. Nothing was "
+            "submitted: "
+            "define the task with its decorator, under its own name, at the top of a module."
+        )
     return f"{module_name}:{qualname}"
 
 
@@ -437,7 +462,7 @@ def _edges(given: Mapping[str, Any]) -> list[Dependency]:
 
 
 def _id(task: Handle | int | str) -> int:
-    text = task.id if isinstance(task, AsyncResult) else str(task)
+    text = str(task.number) if isinstance(task, Handle) else str(task)
     if not text.isdecimal():
         raise BadInput(f"a dependency must be a task handle or an id, not {task!r:.60}.")
     if len(text) > LONGEST_ID:

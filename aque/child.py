@@ -74,8 +74,25 @@ def run(
     result_limit_bytes: int,
 ) -> ChildResult:
     """Run one attempt; never raises for anything that the task did."""
-    began = monotonic()
     os.environ.update(variables)
+    try:
+        return _run(function, uuid, request, arguments, results, import_path, result_limit_bytes)
+    finally:
+        for name in variables:
+            if name != "AQUE_BROKER":  # the others are this task's alone
+                os.environ.pop(name, None)
+
+
+def _run(
+    function: str,
+    uuid: str,
+    request: dict[str, Any],
+    arguments: bytes,
+    results: Mapping[int, bytes],
+    import_path: tuple[str, ...],
+    result_limit_bytes: int,
+) -> ChildResult:
+    began = monotonic()
     try:
         task = load(function, current_app._get_current_object())
     except CannotImport as error:

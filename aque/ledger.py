@@ -21,20 +21,23 @@ class Ledger:
     def free(self) -> Capacity:
         """What is free now, less what the first in line waits for: later ones must not overtake it for ever."""
         with self._lock:
-            if not self._line:
-                return self._free
-            left = self._free - self._line[0][0]
-            return Capacity(
-                max(left.cpus, Fraction(0)),
-                max(left.memory_bytes, 0),
-                max(left.python_slots, 0),
-                max(left.command_slots, 0),
-            )
+            return self._free_behind_line()
+
+    def _free_behind_line(self) -> Capacity:
+        if not self._line:
+            return self._free
+        left = self._free - self._line[0][0]
+        return Capacity(
+            max(left.cpus, Fraction(0)),
+            max(left.memory_bytes, 0),
+            max(left.python_slots, 0),
+            max(left.command_slots, 0),
+        )
 
     def try_reserve(self, need: Capacity) -> bool:
         """Reserve `need` if it is free."""
         with self._lock:
-            if self._free.lacking(need) is not None:
+            if self._free_behind_line().lacking(need) is not None:
                 return False
             self._free = self._free - need
             return True

@@ -6,13 +6,16 @@ Celery's own bookkeeping (`inspect active`, events, signals) sees every task of 
 import json
 import logging
 import os
+import threading
 import time
 from contextlib import suppress
 from typing import Any, Protocol
 
+import psutil
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import Celery
 from celery.signals import task_received
+from celery.utils.saferepr import saferepr
 from celery.worker import state as celery_state
 from celery.worker.request import Request
 
@@ -26,6 +29,8 @@ from aque.values import ClaimedTask, Outcome, Pattern
 
 logger = logging.getLogger(__name__)
 
+#: How long a child that ran into its time limit may take to die.
+GONE_SECONDS = 10.0
 #: Of the arguments, as events and `inspect` show them.
 SHOWN = 1024
 #: How a supervised command's end reads in the table.
@@ -64,8 +69,8 @@ class _Row:
             "ignore_result": True,
             "lang": "py",
             "retries": task.attempt - 1,
-            "argsrepr": repr(self.payload[0])[:SHOWN],
-            "kwargsrepr": repr(self.payload[1])[:SHOWN],
+            "argsrepr": saferepr(self.payload[0], SHOWN),
+            "kwargsrepr": saferepr(self.payload[1], SHOWN),
             "root_id": str(task.job_id),
             "parent_id": None if task.parent_id is None else str(task.parent_id),
             "timelimit": (task.time_limit_seconds, None),
@@ -102,7 +107,7 @@ class Attempt:
         self.killed: int | None = None
         self._runner = runner
         self._began = time.monotonic()
-        self._over = False
+        self._over = self._ending = False
         self._command: RunningCommand | None = None
         self.request = _Request(
             _Row(task),
@@ -217,7 +222,21 @@ class Attempt:
 
     def _on_timeout(self, soft: bool, seconds: float) -> None:
         if not soft:
-            self._end(State.ERROR, Reason.TIME_LIMIT, error=_error(TimeLimitExceeded(seconds)))
+            self._end_when_gone(_error(TimeLimitExceeded(seconds)))
+
+    def _end_when_gone(self, stored: bytes) -> None:
+        """The pool reports a time limit before it kills the child: wait until nothing of the attempt runs."""
+        if self._ending:
+            return
+        self._ending = True
+
+        def wait() -> None:
+            pid = self.request.worker_pid
+            with suppress(psutil.Error):
+                psutil.Process(pid).wait(GONE_SECONDS)
+            self._end(State.ERROR, Reason.TIME_LIMIT, error=stored)
+
+        threading.Thread(target=wait, name="aque-time-limit", daemon=True).start()
 
     def _on_pool_error(self, info: Any) -> None:
         """The child died under the task, or could not even send its result."""
@@ -227,7 +246,7 @@ class Attempt:
         if self.killed is not None:
             self._end(State.KILLED, Reason.REQUEST, signal=self.killed)
         elif isinstance(error, TimeLimitExceeded):
-            self._end(State.ERROR, Reason.TIME_LIMIT, error=stored)
+            self._end_when_gone(stored)
         elif isinstance(error, (Terminated, SystemExit, WorkerLostError)):
             self._end(State.READY, Reason.WORKER_LOST, error=stored)
         else:
@@ -353,6 +372,6 @@ def _shown_arguments(task: ClaimedTask) -> tuple[Any, Any, dict[str, Any]]:
         return [word.decode(errors="backslashreplace") for word in task.argv[:64]], {}, {}
     try:
         args, kwargs = json.loads(task.arguments)
-    except ValueError:
-        return [], {}, {}  # the child will say what is wrong with them
+    except Exception:  # the child will say what is wrong with them
+        return [], {}, {}
     return args, kwargs, {}

@@ -5,6 +5,7 @@ never touches the broker. Finishes arrive from the pool's and the commands' thre
 once, without waiting for the tick.
 """
 
+import json
 import logging
 import os
 import random
@@ -22,7 +23,7 @@ from aque.ledger import Ledger
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
-from aque.store import DatabaseError, Finished, Kill, Store, is_data_error, transaction
+from aque.store import DatabaseError, Finished, Kill, Store, can_run_again, is_data_error, transaction
 from aque.values import ClaimedTask, Outcome, ReadyTask
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ OUTPUT_SECONDS = 0.2
 OUTPUT_BYTES = 1 << 20
 #: With this much output waiting for the table, who writes more has to wait a moment.
 OUTPUT_LIMIT_BYTES = 32 << 20
+#: What was claimed ahead and has not started for so long goes back.
+BUFFER_SECONDS = 1.0
+#: With a well filled buffer, the table is looked at so rarely.
+LOOK_SECONDS = 0.05
 #: How fast a measured run time follows the latest runs; how many names are remembered.
 SMOOTHING = 0.3
 NAMES = 10_000
@@ -120,6 +125,9 @@ class Scheduler:
         self._worker_id = worker_id
         self._running: dict[int, Entry] = {}
         self._buffer: deque[ClaimedTask] = deque()
+        self._buffered_at = 0.0
+        self._claim_ahead = True  #: something has finished since the buffer was given back
+        self._looked_at = 0.0
         self._batch = Batch()
         self._output_bytes = 0
         self._output_since: float | None = None
@@ -131,7 +139,8 @@ class Scheduler:
         self._waiting = False  #: at the last look there was more than fitted
         self._started_any = False
         self._draining = False
-        self._abandoned: set[int] = set()  #: tasks killed only because this worker stops: to be given back
+        #: (id, token) of tasks killed only because this worker stops or is lost: to be given back
+        self._abandoned: set[tuple[int, int]] = set()
         self._stopped = threading.Event()
         self._reconcile = False
         self._one_by_one = False
@@ -154,10 +163,13 @@ class Scheduler:
             if entry is None or entry.task.token != outcome.token:
                 return
             del self._running[outcome.id]
-            if outcome.id in self._abandoned and outcome.state is State.KILLED:
-                self._batch.returned.append((outcome.id, outcome.token))
+            claim = (outcome.id, outcome.token)
+            if claim in self._abandoned and outcome.state is State.KILLED:
+                self._batch.returned.append(claim)
             else:
                 self._batch.outcomes.append(outcome)
+            self._abandoned.discard(claim)
+            self._claim_ahead = True
             if outcome.state is State.SUCCESS:
                 self._measure(entry.task.name, outcome.ran_seconds)
             self._look_ready = self._look_ready or self._waiting
@@ -193,11 +205,14 @@ class Scheduler:
         self._wake()
 
     def lost(self, new_worker_id: int) -> None:
-        """The lease is gone: others may run what this worker has. Kill it all; what it reports is refused by its token."""
+        """The lease is gone: others may run what this worker has. Kill it all. What had been taken over is refused by its
+        token; what was claimed since under the old name goes back."""
         with self._lock:
             self._worker_id = new_worker_id
+            self._batch.returned += [(task.id, task.token) for task in self._buffer]
             self._buffer.clear()
             entries = list(self._running.values())
+            self._abandoned |= {(e.task.id, e.task.token) for e in entries if e.kill_signal is None}
         logger.error(
             "this worker was declared lost: its %d running tasks are killed, their outcomes dropped", len(entries)
         )
@@ -241,7 +256,7 @@ class Scheduler:
         self._draining = True
         with self._lock:
             left = [entry for entry in self._running.values() if entry.kill_signal is None]
-            self._abandoned.update(entry.task.id for entry in left)
+            self._abandoned |= {(entry.task.id, entry.task.token) for entry in left}
         for entry in left:
             logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
             self._kill(entry, 9)
@@ -256,6 +271,9 @@ class Scheduler:
                 self._tick()
                 pause = 0.0
             except Exception as error:
+                if can_run_again(error):
+                    self._reconcile = self._finish_only = True
+                    continue  # rolled back for the sake of another transaction; the connection is sound
                 if isinstance(error, (StoreError, DatabaseError)):
                     logger.error("the store failed, running tasks go on: %s", str(error).splitlines()[0])
                 elif not isinstance(error, ConnectionResetError):
@@ -275,6 +293,7 @@ class Scheduler:
         """Until something happens, or a poll is due; after a failure `pause` seconds."""
         if pause:
             time.sleep(pause * random.uniform(0.5, 1.0))
+            self._connect()
             self._look_ready = self._look_kills = True
             return
         self._connect()
@@ -284,6 +303,8 @@ class Scheduler:
             due += [entry.kill_at - now for entry in self._running.values() if entry.kill_signal is not None]
             if self._output_since is not None:
                 due.append(self._output_since + OUTPUT_SECONDS - now)
+            if self._buffer:
+                due.append(self._buffered_at + BUFFER_SECONDS - now)
         assert self._bell is not None
         began = time.monotonic()
         doorbell.wait_readable([self._wake_fd, self._bell.fileno()], min(due))
@@ -295,6 +316,7 @@ class Scheduler:
         polled = not rung and time.monotonic() - began >= self._settings.poll_seconds * 0.8
         self._look_ready = self._look_ready or doorbell.READY in rung or polled
         self._look_kills = self._look_kills or doorbell.KILL in rung or polled
+        self._reconcile = self._reconcile or polled
 
     def _tick(self) -> None:
         connection = self._connection
@@ -306,7 +328,7 @@ class Scheduler:
         self._escalate_kills()
         if self._is_urgent():
             self._abandon()
-        if self._draining:
+        if self._draining or self._is_buffer_stale():
             self._return_buffer()
         picked = self._look(connection)
         batch = self._take_batch()
@@ -323,20 +345,17 @@ class Scheduler:
         with self._lock:
             buffered = len(self._buffer)
             done = self._until == "one" and self._started_any
-            if (
-                not self._look_ready
-                or self._draining
-                or self._finish_only
-                or done
-                or buffered > chooser.BUFFER_TASKS // 2
-            ):
+            full = buffered > chooser.BUFFER_TASKS // 2
+            early = full and time.monotonic() - self._looked_at < LOOK_SECONDS
+            if not self._look_ready or self._draining or self._finish_only or done or early:
                 return claimer.Picked([], [], self._waiting)
             self._look_ready = False
+            self._looked_at = time.monotonic()
+            ahead = self._claim_ahead and not full and self._until != "one"
         picked = self._claimer.look(connection, self._ledger.free, buffered)
-        self._waiting = picked.more
-        if self._until == "one":
-            picked = claimer.Picked(picked.start[:1], [], picked.more)
-        return replace(picked, start=self._reserve(picked.start))
+        self._waiting = picked.more or bool(picked.ahead)
+        start = picked.start[:1] if self._until == "one" else picked.start
+        return claimer.Picked(self._reserve(start), picked.ahead if ahead else [], self._waiting)
 
     def _reserve(self, tasks: list[ReadyTask]) -> list[ReadyTask]:
         return [task for task in tasks if self._ledger.try_reserve(self._claimer.need(task.class_id))]
@@ -345,7 +364,7 @@ class Scheduler:
         """What there is to write; output only when it is due or there is something else to write."""
         with self._lock:
             batch, self._batch = self._batch, Batch()
-            ended = {outcome.id for outcome in batch.outcomes}
+            ended = {outcome.id for outcome in batch.outcomes} | {task_id for task_id, _ in batch.returned}
             due = self._output_since is not None and time.monotonic() - self._output_since >= OUTPUT_SECONDS
             room = OUTPUT_BYTES if due or self._output_bytes > OUTPUT_BYTES else 0
             now, later = [], []
@@ -372,7 +391,9 @@ class Scheduler:
                 self._store.start(connection, batch.started)
                 self._store.signal_delivered(connection, batch.delivered)
                 returned = self._store.give_back(connection, batch.returned)
-                finished = finisher.finish(self._store, connection, batch.outcomes, self._one_by_one)
+                finished = finisher.finish(
+                    self._store, connection, batch.outcomes, self._settings.max_lost, self._one_by_one
+                )
                 if finished.ready and not self._draining and not self._finish_only and self._until != "one":
                     reserved += self._reserve(
                         self._claimer.choose_released(connection, finished.ready, self._ledger.free)
@@ -384,10 +405,13 @@ class Scheduler:
                 self._ledger.release(self._claimer.need(task.class_id))
             with self._lock:
                 self._batch.put_back(batch)
+                self._output_bytes = sum(len(piece[4]) for piece in self._batch.output)
+                if self._batch.output and self._output_since is None:
+                    self._output_since = time.monotonic()
             self._one_by_one = is_data_error(error)
             raise
         self._one_by_one = False
-        self._remember(batch.outcomes)
+        self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
 
     def _after_commit(
@@ -411,14 +435,17 @@ class Scheduler:
         if returned or finished.repeated or any(task.id not in got for task in finished.ready):
             rings.add(doorbell.READY)
             self._look_ready = True
-        self._start_all(connection, started)
-        if buffered:
-            buffered = self._with_inputs(connection, buffered)
-            with self._lock:
-                self._buffer.extend(buffered)
-            self._start_buffered()
-        if rings:
-            doorbell.ring(connection, rings)
+        try:
+            self._start_all(connection, started)
+            if buffered:
+                buffered = self._with_inputs(connection, buffered)
+                with self._lock:
+                    self._buffer.extend(buffered)
+                    self._buffered_at = time.monotonic()
+                self._start_buffered()
+        finally:
+            if rings:
+                doorbell.ring(connection, rings)
 
     def _remember(self, outcomes: list[Outcome]) -> None:
         """Keep small results of functions for a moment: the next of a chain wants the one before."""
@@ -466,7 +493,14 @@ class Scheduler:
 
     def _begin(self, entry: Entry) -> None:
         """Start a task that is in `_running`; one that was killed meanwhile is killed as soon as it has started."""
-        attempt = self._start_task(entry.task, entry.need.cpus)
+        task = entry.task
+        try:
+            attempt = self._start_task(task, entry.need.cpus)
+        except Exception as error:
+            logger.exception("task %d could not be started", task.id)
+            stored = json.dumps({"type": type(error).__name__, "message": str(error)[:1000]}).encode()
+            self.finished(Outcome(task.id, task.attempt, task.token, State.ERROR, Reason.EXCEPTION, error=stored))
+            return
         with self._lock:
             entry.attempt = attempt
             number = entry.kill_signal
@@ -483,14 +517,22 @@ class Scheduler:
                 if not self._ledger.try_reserve(need):
                     return
                 task = self._buffer.popleft()
+                self._buffered_at = time.monotonic()
                 self._look_ready = self._look_ready or self._waiting
                 entry = Entry(task, need, time.monotonic())
                 self._running[task.id] = entry
                 self._batch.started.append((task.id, task.token, entry.began))
             self._begin(entry)
 
-    def _return_buffer(self) -> None:
+    def _is_buffer_stale(self) -> bool:
+        """Nothing of the buffer has started for a while: something long holds the places, and others may be idle."""
         with self._lock:
+            return bool(self._buffer) and time.monotonic() - self._buffered_at >= BUFFER_SECONDS
+
+    def _return_buffer(self) -> None:
+        """Give back what was claimed ahead; until something finishes here, nothing more is."""
+        with self._lock:
+            self._claim_ahead = False
             self._batch.returned += [(task.id, task.token) for task in self._buffer]
             self._buffer.clear()
 
@@ -500,14 +542,10 @@ class Scheduler:
         for kill in kills:
             with self._lock:
                 entry = self._running.get(kill.id)
-                known = {(o.id, o.token) for o in self._batch.outcomes}
-                if (entry is None or entry.task.token != kill.token) and (kill.id, kill.token) not in known:
-                    # In the buffer, or never heard of after a commit in doubt: it has not started, and now it will not.
-                    self._buffer = deque(task for task in self._buffer if task.id != kill.id)
-                    self._batch.outcomes.append(
-                        Outcome(kill.id, kill.attempt, kill.token, State.CANCELLED, Reason.REQUEST)
-                    )
-            if entry is None or entry.task.token != kill.token:
+                is_running = entry is not None and entry.task.token == kill.token
+                if not is_running:
+                    self._settle_kill(kill)
+            if entry is None or not is_running:
                 continue
             if kill.signal in ENDING_SIGNALS:
                 if entry.kill_signal != kill.signal:
@@ -516,6 +554,20 @@ class Scheduler:
                 entry.attempt.signal(kill.signal)
                 with self._lock:
                     self._batch.delivered.append(kill)
+
+    def _settle_kill(self, kill: Kill) -> None:
+        """A kill of a task that does not run here now; the lock is held."""
+        claim = (kill.id, kill.token)
+        if claim in {(o.id, o.token) for o in self._batch.outcomes}:
+            return  # it has ended by itself
+        if kill.signal not in ENDING_SIGNALS:
+            self._batch.delivered.append(kill)  # to nobody: there is no process yet
+            return
+        # It ran, and is on its way back; or it is in the buffer, or was never heard of after a commit in doubt.
+        state = State.KILLED if claim in self._batch.returned else State.CANCELLED
+        self._buffer = deque(task for task in self._buffer if task.id != kill.id)
+        self._batch.returned = [returned for returned in self._batch.returned if returned != claim]
+        self._batch.outcomes.append(Outcome(kill.id, kill.attempt, kill.token, state, Reason.REQUEST))
 
     def _kill(self, entry: Entry, number: int) -> None:
         grace = self._settings.kill_grace_seconds
@@ -574,7 +626,7 @@ class Scheduler:
             known = {(e.task.id, e.task.token) for e in self._running.values()} | {
                 (t.id, t.token) for t in self._buffer
             }
-            known |= {(o.id, o.token) for o in self._batch.outcomes}
+            known |= {(o.id, o.token) for o in self._batch.outcomes} | set(self._batch.returned)
         held = self._store.claims_of(connection, self._worker_id)
         unknown = [claim for claim in held if claim not in known]
         if unknown:

@@ -1,6 +1,6 @@
 """The table that is the truth: the only package that imports SQLAlchemy and holds SQL."""
 
-from aque.store.engine import DatabaseError, again, attempt_write, is_data_error, transaction
+from aque.store.engine import DatabaseError, again, attempt_write, can_run_again, is_data_error, transaction
 from aque.store.store import Finding, Finished, Kill, Killed, Released, Store, StoredResult, WorkerRow, open_store
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "WorkerRow",
     "again",
     "attempt_write",
+    "can_run_again",
     "is_data_error",
     "open_store",
     "transaction",

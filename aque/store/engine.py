@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -95,9 +96,21 @@ def transaction(connection: sa.Connection) -> Iterator[sa.Connection]:
     when another process wrote in between, whatever the timeout.
     """
     if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        with _no_fork:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield from _until_end(connection)
     else:
         connection.info[_TO_BEGIN] = True
+        yield from _until_end(connection)
+
+
+#: Held during SQLite's transactions and by whoever forks: SQLite keeps its locks in the memory of the process, and a child
+#: forked in the middle of a transaction would find the database locked for ever.
+_no_fork = threading.RLock()
+os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release)
+
+
+def _until_end(connection: sa.Connection) -> Iterator[sa.Connection]:
     try:
         yield connection
         if not connection.info.pop(_TO_BEGIN, False):
@@ -164,7 +177,12 @@ def check_state_directory(file: Path) -> None:
             f"the state directory {directory} is on a network file system ({kind}), where SQLite cannot be shared. {advice}"
         )
     try:
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        # Only a new file is opened here: to close any descriptor of a database would drop all locks that SQLite holds on it in
+        # this process, and then another process, believing to be the last, removes the write-ahead log under us.
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        if not os.access(file, os.R_OK | os.W_OK):
+            raise BadStateDirectory(f"cannot write {file}: permission denied. {advice}") from None
     except OSError as error:
         raise BadStateDirectory(f"cannot write {file}: {error.strerror}. {advice}") from error
 
@@ -337,6 +355,16 @@ def copy_rows(
     connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 ) -> None:
     """Insert many rows the fastest way there is: COPY on PostgreSQL (six times executemany), executemany on SQLite."""
+    try:
+        _copy_rows(connection, table, columns, rows)
+    except connection.dialect.loaded_dbapi.Error as error:  # as SQLAlchemy reports those of its own statements
+        dbapi_error = connection.dialect.loaded_dbapi.Error
+        raise sa.exc.DBAPIError.instance(f"COPY {table.name}", None, error, dbapi_error) from error
+
+
+def _copy_rows(
+    connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
     if connection.dialect.name == "sqlite":
         marks = ", ".join("?" for _ in columns)
         names = ", ".join(f'"{column}"' for column in columns)

@@ -30,8 +30,9 @@ def _is_state(state: State) -> sa.ColumnElement[bool]:
 
 
 def _locked_in_order(where: sa.ColumnElement[bool]) -> sa.CTE:
-    """The ids of these tasks, locked smallest first."""
-    return sa.select(task.c.id).where(where).order_by(task.c.id).with_for_update(of=task).cte("locked")
+    """The ids of these tasks, locked smallest first, groups last: what a group waits for is always locked before it."""
+    ordered = sa.select(task.c.id).where(where).order_by(task.c.requirement_id.is_(None), task.c.id)
+    return ordered.with_for_update(of=task).cte("locked")
 
 
 # -- submit -----------------------------------------------------------------------------------------------------------
@@ -138,9 +139,16 @@ def candidates(dialect: str) -> Statement:
 def _claim(dialect: str) -> Any:
     """Give the ready tasks among `ids` to `to_worker` in `to_state` (claimed or running). Others may have been faster."""
     # A CTE, not a subquery: PostgreSQL may run a subquery again and lock other rows.
+    # A worker that has been declared lost claims nothing: its row is held until this has committed.
+    me = (
+        sa.select(worker.c.id)
+        .where(worker.c.id == sa.bindparam("to_worker", type_=sa.BigInteger), worker.c.state == "live")
+        .with_for_update(read=True)
+        .cte("me")
+    )
     picked = (
         sa.select(task.c.id)
-        .where(one_of(dialect, task.c.id, "ids"), _is_state(State.READY))
+        .where(one_of(dialect, task.c.id, "ids"), _is_state(State.READY), sa.exists().where(me.c.id.is_not(None)))
         .with_for_update(skip_locked=True, of=task)
         .cte("picked")
     )
@@ -497,6 +505,11 @@ def results(dialect: str) -> Statement:
 
 
 @cache
+def existing(dialect: str) -> Statement:
+    return sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"))
+
+
+@cache
 def completed(dialect: str) -> Statement:
     """Which of these tasks (`ids`) are complete, and how."""
     return sa.select(task.c.id, task.c.state).where(one_of(dialect, task.c.id, "ids"), _in_states(COMPLETE_STATES))
@@ -512,7 +525,7 @@ def lock_tasks(dialect: str) -> Statement:
     return (
         sa.select(task.c.id, task.c.state)
         .where(sa.or_(one_of(dialect, task.c.id, "ids"), member))
-        .order_by(task.c.id)
+        .order_by(task.c.requirement_id.is_(None), task.c.id)
         .with_for_update(of=task)
     )
 
@@ -530,10 +543,18 @@ def cancel(dialect: str) -> Statement:
 
 @cache
 def request_kill(dialect: str) -> Statement:
-    """Leave `wanted_signal` for the workers of the active tasks among `ids`."""
+    """Leave `wanted_signal` for the workers of the active tasks among `ids`. One that only has to be delivered does not take
+    the place of one that ends."""
     return (
         sa.update(task)
         .where(one_of(dialect, task.c.id, "ids"), _in_states(ACTIVE_STATES))
+        .where(
+            sa.or_(
+                sa.bindparam("wanted_signal").in_(sorted(ENDING_SIGNALS)),
+                task.c.kill_signal.is_(None),
+                task.c.kill_signal.not_in(sorted(ENDING_SIGNALS)),
+            )
+        )
         .values(kill_signal=sa.bindparam("wanted_signal"))
         .returning(task.c.id)
     )
@@ -562,9 +583,13 @@ def any_active() -> Statement:
 
 @cache
 def signal_delivered(dialect: str) -> Statement:
-    """A signal that only had to be delivered (`rows`: id, token) has been."""
-    rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger())
-    return sa.update(task).where(task.c.id == rows.c.id, task.c.token == rows.c.token).values(kill_signal=None)
+    """Signals that only had to be delivered (`rows`: id, token, signal) have been; a later one stands."""
+    rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger(), signal=sa.Integer())
+    return (
+        sa.update(task)
+        .where(task.c.id == rows.c.id, task.c.token == rows.c.token, task.c.kill_signal == rows.c.signal)
+        .values(kill_signal=None)
+    )
 
 
 # -- workers and leases -----------------------------------------------------------------------------------------------

@@ -532,7 +532,7 @@ class Store:
 
     def signal_delivered(self, connection: sa.Connection, kills: Iterable[Kill]) -> None:
         """These signals only had to be delivered, and have been."""
-        rows = [{"id": kill.id, "token": kill.token} for kill in kills]
+        rows = [{"id": kill.id, "token": kill.token, "signal": kill.signal} for kill in kills]
         if rows:
             connection.execute(sql.signal_delivered(self.dialect), {"rows": json.dumps(rows)})
 
@@ -628,6 +628,10 @@ class Store:
     def counts(self, connection: sa.Connection) -> dict[State, int]:
         """How many tasks are in each state that has any."""
         return {State(state): count for state, count in connection.execute(sql.counts())}
+
+    def existing(self, connection: sa.Connection, ids: Iterable[int]) -> set[int]:
+        """Those of `ids` that are tasks."""
+        return set(connection.execute(sql.existing(self.dialect), {"ids": list(ids)}).scalars())
 
     def completed(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, State]:
         """Those of `ids` that are complete, and how."""
