@@ -235,6 +235,9 @@ def task(*args: Any, **options: Any) -> Any:
     Takes Celery's options and `queue priority cpus memory host platform duration io_paths time_limit max_attempts layer`.
     The function must be found by its name in its module: workers import it. The task belongs to the current Celery app.
     """
+    for function in args:
+        if getattr(function, "__name__", "") == "<lambda>":
+            raise NotSubmittable("a lambda cannot be a task, a worker could not find it by name: define a function.")
     options.setdefault("base", Task)
     return shared_task(*args, **options)
 

@@ -104,7 +104,11 @@ def _run(
         encoded = codec.encode_error(type(error).__name__, f"cannot decode the arguments: {error}")
         return False, str(Reason.EXCEPTION), encoded, monotonic() - began
     request.update(args=args, kwargs=kwargs, is_eager=False)
-    value, info, _, shown = task.__trace__(uuid, args, kwargs, request)
+    try:
+        value, info, _, shown = task.__trace__(uuid, args, kwargs, request)
+    except SystemExit as error:  # the task's own doing: the child, which others need, goes on
+        exited = codec.encode_error("builtins.SystemExit", str(error.code), traceback.format_exc())
+        return False, str(Reason.EXCEPTION), exited, monotonic() - began
     seconds = monotonic() - began
     if info is not None:
         raised = info.retval

@@ -220,9 +220,9 @@ class Attempt:
         else:
             self._end(State.ERROR, Reason(first), error=second, seconds=seconds)
 
-    def _on_timeout(self, soft: bool, seconds: float) -> None:
+    def _on_timeout(self, soft: bool, timeout: float) -> None:
         if not soft:
-            self._end_when_gone(_error(TimeLimitExceeded(seconds)))
+            self._end_when_gone(_error(TimeLimitExceeded(timeout)))
 
     def _end_when_gone(self, stored: bytes) -> None:
         """The pool reports a time limit before it kills the child: wait until nothing of the attempt runs."""
@@ -244,7 +244,8 @@ class Attempt:
         kind = f"{type(error).__module__}.{type(error).__qualname__}"
         stored = codec.encode_error(kind, str(error), str(info.traceback or ""))
         if self.killed is not None:
-            self._end(State.KILLED, Reason.REQUEST, signal=self.killed)
+            number = error.args[0] if isinstance(error, Terminated) and error.args else 0
+            self._end(State.KILLED, Reason.REQUEST, signal=number if number > 0 else self.killed)
         elif isinstance(error, TimeLimitExceeded):
             self._end_when_gone(stored)
         elif isinstance(error, (Terminated, SystemExit, WorkerLostError)):

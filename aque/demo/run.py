@@ -74,7 +74,7 @@ def _run(farm: PrivateFarm, checks: Checks) -> None:
     rows = _watch(farm, budget)
     groups = {row["id"]: row for row in rows if row["pattern"] == "group"}
     tasks = {row["id"]: row for row in rows if row["pattern"] != "group"}
-    if tasks[submitted.report.task_id_number]["state"] != State.SUCCESS:
+    if tasks[submitted.report.number]["state"] != State.SUCCESS:
         raise AqueError("\n  ".join(["the report could not be made:", *_unexpected(tasks, submitted)]))
     report = submitted.report.get(timeout=10)
     runs = {row["id"]: _run_of(row, budget) for row in rows}
@@ -90,7 +90,7 @@ def _run(farm: PrivateFarm, checks: Checks) -> None:
     checks(not late, "no task started before those that it depends on had ended" + _pairs(late))
     over = f", but {format_cpus(use.peak)} by tasks {use.at_peak}" if use.peak > budget else ""
     checks(not over, f"never more than {format_cpus(budget)} CPUs were reserved{over}")
-    whole = runs[submitted.verify.task_id_number]
+    whole = runs[submitted.verify.number]
     beside = [run.id for run in runs.values() if run.cpus and run.id != whole.id and _overlap(run, whole)]
     checks(not beside, f"the task that needs the whole machine had it to itself{f', but for {beside}' * bool(beside)}")
     _check_report(checks, what, report)
@@ -154,7 +154,7 @@ def _overlap(one: Run, other: Run) -> bool:
 
 def _unexpected(tasks: dict[int, Row], submitted: Submitted) -> list[str]:
     """Those that did not succeed though nobody made them fail."""
-    made = submitted.broken.task_id_number
+    made = submitted.broken.number
     return [
         " ".join(filter(None, (f"task {i} ({row['name']}):", row["state"], row["reason"])))
         for i, row in tasks.items()
@@ -166,13 +166,13 @@ def _unexpected(tasks: dict[int, Row], submitted: Submitted) -> list[str]:
 
 
 def _check_states(checks: Checks, tasks: dict[int, Row], groups: dict[int, Row], submitted: Submitted) -> None:
-    broken = tasks[submitted.broken.task_id_number]
+    broken = tasks[submitted.broken.number]
     wrong = _unexpected(tasks, submitted)
     checks(not wrong, f"{len(tasks) - 1} tasks succeeded{''.join(f'; {text}' for text in wrong)}")
     checks(
         (broken["state"], broken["reason"]) == (State.ERROR, Reason.EXCEPTION),
         f"one was made to fail: {broken['name']} ({broken['id']}), {broken['state']}, {broken['reason']}; after_failed then "
-        f"ran {_shown(tasks, submitted.explain.task_id_number)}, after_any {_shown(tasks, submitted.tidy.task_id_number)}",
+        f"ran {_shown(tasks, submitted.explain.number)}, after_any {_shown(tasks, submitted.tidy.number)}",
     )
     ends = {name: State(groups[job]["state"]) for name, job in submitted.jobs.items()}
     checks(

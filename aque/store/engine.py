@@ -261,7 +261,9 @@ def reachable(engine: sa.Engine) -> Iterator[None]:
     """Turn connection failures inside the block into StoreUnreachable, with the server but not the password."""
     try:
         yield
-    except sa.exc.OperationalError as error:
+    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.DatabaseError) as error:
+        if type(error) not in (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.DatabaseError):
+            raise  # the database answers; it is the statement or the data
         where = engine.url.render_as_string(hide_password=True)
         first = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
         raise StoreUnreachable(

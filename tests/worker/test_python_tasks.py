@@ -66,7 +66,7 @@ def test_a_handle_among_the_arguments_is_replaced_by_the_result_wherever_it_stan
     nested = tasks.echo.delay({"numbers": [two, {"deeper": three}], "plain": 1})
     assert nested.get(timeout=LIMIT) == {"numbers": [2, {"deeper": 3}], "plain": 1}
     assert tasks.add.delay(left=two, right=three).get(timeout=LIMIT) == 5
-    assert farm.row(nested)["depends_on"] == [two.task_id_number, three.task_id_number]
+    assert farm.row(nested)["depends_on"] == [two.number, three.number]
 
 
 def test_a_task_gets_the_end_and_the_output_of_a_command_that_it_depends_on(farm: Farm) -> None:
@@ -166,7 +166,7 @@ def test_a_task_is_the_parent_of_what_it_submits_and_of_nothing_else(farm: Farm)
     children = [parent.get(timeout=LIMIT) for parent in parents]
     for parent, child in zip(parents, children, strict=True):
         seen = tasks.whoami.AsyncResult(str(child)).get(timeout=LIMIT)
-        assert (seen["id"], seen["parent_id"]) == (child, parent.task_id_number)
+        assert (seen["id"], seen["parent_id"]) == (child, parent.number)
     strangers = [tasks.whoami.delay() for _ in range(12)]
     assert {stranger.get(timeout=LIMIT)["parent_id"] for stranger in strangers} == {None}
 
