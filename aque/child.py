@@ -107,6 +107,8 @@ def _run(
     try:
         value, info, _, shown = task.__trace__(uuid, args, kwargs, request)
     except SystemExit as error:  # the task's own doing: the child, which others need, goes on
+        if isinstance(error.code, int) and -256 < error.code < 0:
+            raise  # a signal's doing: billiard's handler exits with -(256 - signal)
         exited = codec.encode_error("builtins.SystemExit", str(error.code), traceback.format_exc())
         return False, str(Reason.EXCEPTION), exited, monotonic() - began
     seconds = monotonic() - began
