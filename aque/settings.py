@@ -120,7 +120,7 @@ def _check_broker(url: str) -> None:
     if (
         not url
         or scheme in ("postgresql", "postgres")
-        or (scheme == "sqlite" and rest.startswith("/") and len(rest) > 1)
+        or (scheme == "sqlite" and rest.startswith("//") and len(rest) > 2)
     ):
         return
     hint = ""

@@ -133,9 +133,9 @@ def run(command: click.Command, program: str, arguments: Sequence[str]) -> int:
         if debug:
             raise
         # By name: importing SQLAlchemy to ask costs more than most verbs take.
-        from_store = type(error).__module__.startswith("sqlalchemy.")
+        from_store = type(error).__module__.startswith(("sqlalchemy.", "psycopg2", "sqlite3"))
         lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [""]
-        what = "the store failed" if from_store else "Aque failed, which is a bug"
+        what = "the store failed, what was submitted goes on" if from_store else "Aque failed, which is a bug"
         complain(f"{what}: {type(error).__name__}: {lines[0]}. Set AQUE_DEBUG=1 to see where.")
         return 69 if from_store else 1
 

@@ -3,7 +3,7 @@
 import click
 
 from aque.cli import ids, waiting
-from aque.cli.exit_status import INTERRUPTED, TIMED_OUT
+from aque.cli.exit_status import INTERRUPTED, TIMED_OUT, sentence
 from aque.cli.farm import open_farm
 from aque.cli.options import in_seconds
 from aque.cli.show import complain, count
@@ -40,4 +40,8 @@ def command(words: tuple[str, ...], timeout: float | None, quiet: bool) -> int:
         if ended < len(wanted):
             complain(f"the time is over: {count(len(wanted) - ended, 'task')} not ended yet.")
             return TIMED_OUT
+        if not quiet:
+            for end in waiting.ends(farm, wanted):
+                if why := sentence(end):
+                    complain(why)
         return waiting.largest_status(farm, wanted)
