@@ -84,6 +84,15 @@ class AqueWorker:
         """A new incarnation of this worker in the table; its id."""
         pid = os.getpid()
         with self.store.begin() as connection:
+            same = [
+                row for row in self.store.live_workers(connection) if row.info.name == self.hostname and row.is_live
+            ]
+            if any(row.info.pid != pid for row in same):
+                logger.warning(
+                    "there is a live worker named %s: two on one machine reserve its CPUs twice, and answer to one name "
+                    "(give one another name with -n, and each its share with --cpus)",
+                    self.hostname,
+                )
             (worker_id,) = self.store.reserve_ids(connection, 1)
             self.store.register(
                 connection,

@@ -449,8 +449,9 @@ def _submit(submitter: Submitter, job: Graph | None, spec: TaskSpec) -> None:
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:
     """Only options that mean something here; others would be silently lost."""
     known = {**options}
+    known_names = (*TASK_OPTIONS, *DEPENDENCY_OPTIONS)
     if unknown := set(known) - {*TASK_OPTIONS, "name"}:
-        raise BadInput(f"unknown task options {', '.join(sorted(unknown))}; there are {', '.join(TASK_OPTIONS)}.")
+        raise BadInput(f"unknown task options {', '.join(sorted(unknown))}; there are {', '.join(known_names)}.")
     if isinstance(known.get("io_paths"), (list, tuple)):
         known["io_paths"] = tuple(known["io_paths"])
     return known

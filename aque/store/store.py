@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
 
 from aque import deps
-from aque.errors import BadInput, UnknownTask
+from aque.errors import BadInput, BadStateDirectory, UnknownTask
 from aque.resources import CpuRequest
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
@@ -128,6 +130,12 @@ class Finding:
 def open_store(settings: Settings, **engine_options: Any) -> "Store":
     """The store of this farm, checked: reachable and of the version that this Aque uses. A fresh SQLite file gets its
     tables here; on PostgreSQL `aque init` makes them. Raises a StoreError."""
+    if settings.broker.startswith("sqlite:"):
+        directory = Path(unquote(urlsplit(settings.store_url).path)[1:]).parent
+        if not directory.is_dir():  # the default directory is made; one that was named may be a slip
+            raise BadStateDirectory(
+                f"AQUE_BROKER names a file in {directory}, which does not exist. Make the directory first."
+            )
     engine = open_engine(settings.store_url, **engine_options)
     store = Store(engine)
     with store.connect() as connection:
@@ -662,7 +670,7 @@ class Store:
         brought = [i for i in celery_ids if not i.isdecimal()]
         found = {i: int(i) for i in celery_ids if i.isdecimal() and len(i) < 19}
         if brought:
-            found.update(connection.execute(sql.ids_of_celery_ids(), {"celery_ids": brought}).tuples().all())
+            found.update(dict(connection.execute(sql.ids_of_celery_ids(), {"celery_ids": brought}).all()))
         return found
 
     def last_id(self, connection: sa.Connection, submitter: str) -> int | None:
