@@ -349,3 +349,11 @@ def test_nothing_is_lost_when_all_connections_are_ended_again_and_again(
     found = dag.run(postgresql_farm, tmp_path, 600, trouble, at=0.1)
     assert found.states == {"success": 601}
     assert (found.never_ran, found.out_of_order, found.findings, found.lost) == ([], [], [], 0)
+
+
+def test_idle_pool_children_that_are_killed_do_not_freeze_the_pool(own_farm: Farm) -> None:
+    worker = own_farm.start_worker("-c", "2")
+    worker.wait_until_it_claims()
+    for child in worker.pool_children():
+        child.kill()  # one of them has the lock of the pipe that all of them read
+        assert [tasks.add.delay(n, n).get(timeout=LIMIT) for n in range(3)] == [0, 2, 4]
