@@ -214,7 +214,8 @@ class Scheduler:
             entries = list(self._running.values())
             self._abandoned |= {(e.task.id, e.task.token) for e in entries if e.kill_signal is None}
         logger.error(
-            "this worker was declared lost: its %d running tasks are killed, their outcomes dropped", len(entries)
+            "lost_lease: this worker was declared lost: its %d running tasks are killed, their outcomes dropped",
+            len(entries),
         )
         for entry in entries:
             self._kill(entry, 9)

@@ -167,7 +167,7 @@ def test_a_kill_leaves_no_process_of_the_command(farm: Farm, tmp_path: Path) -> 
     text = f'trap "" TERM; export {mark}; sleep 1000 & setsid sh -c "sleep 1000 & wait" & (setsid sleep 1000 &) ; '
     task = aque.shell(script(text + 'touch "$1"; sleep 1000; sleep 1000', str(up)))
     wait_until(up.exists, LIMIT, "it runs")
-    assert len(processes_with(mark)) >= 4
+    wait_until(lambda: len(processes_with(mark)) >= 4, LIMIT, "all of it runs")
     task.kill()
     with pytest.raises(TaskKilled):
         task.get(timeout=LIMIT)
