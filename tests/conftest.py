@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,11 @@ FOREIGN = ("AQUE_", "CELERY_", "PG")
 
 for name in [name for name in os.environ if name.startswith(FOREIGN)]:
     del os.environ[name]  # also for the code that tests call in this process
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script: what the tests start would inherit it, and no Ctrl-C would reach it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start(server: type[AnyServer]) -> AnyServer:
