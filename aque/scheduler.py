@@ -332,9 +332,11 @@ class Scheduler:
         if self._draining or self._is_buffer_stale():
             self._return_buffer()
         picked = self._look(connection)
+        # Read before the batch is taken: what ends after that is free here, and not yet in the table.
+        free = self._ledger.free
         batch = self._take_batch()
         if batch or picked.start or picked.ahead:
-            self._write(connection, batch, picked)
+            self._write(connection, batch, picked, free)
         if self._finish_only:
             self._finish_only = False
             self._wake()
@@ -382,8 +384,9 @@ class Scheduler:
             batch.started = [start for start in batch.started if start[0] not in ended]
         return batch
 
-    def _write(self, connection: Any, batch: Batch, picked: claimer.Picked) -> None:
-        """The transaction, and then everything that must not happen before it has committed."""
+    def _write(self, connection: Any, batch: Batch, picked: claimer.Picked, free: Capacity) -> None:
+        """The transaction, and then everything that must not happen before it has committed. `free` is what is free once
+        the batch has been written."""
         token = secrets.randbits(62)
         reserved = list(picked.start)
         try:
@@ -396,9 +399,7 @@ class Scheduler:
                     self._store, connection, batch.outcomes, self._settings.max_lost, self._one_by_one
                 )
                 if finished.ready and not self._draining and not self._finish_only and self._until != "one":
-                    reserved += self._reserve(
-                        self._claimer.choose_released(connection, finished.ready, self._ledger.free)
-                    )
+                    reserved += self._reserve(self._claimer.choose_released(connection, finished.ready, free))
                 started = self._claimer.claim(connection, reserved, self._worker_id, token, State.RUNNING)
                 buffered = self._claimer.claim(connection, picked.ahead, self._worker_id, token + 1, State.CLAIMED)
         except Exception as error:
