@@ -331,7 +331,7 @@ class Transport(virtual.Transport):
     @contextmanager
     def database(self) -> Iterator[Connection]:
         """A database connection of this process; BusUnreachable if there is none to be had."""
-        with self._reaching(), _engine(self._url).connect() as connection:
+        with self._reaching(), bus.connected(_engine(self._url)) as connection:
             yield connection
 
     @contextmanager

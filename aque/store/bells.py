@@ -20,9 +20,14 @@ def channel(name: str) -> str:
 def dedicated_connection(engine: sa.Engine) -> Any:
     """A psycopg2 connection in autocommit mode that belongs to no pool; the caller closes it.
 
-    A new one: after a restart of the server those that wait in the engine's pool are dead.
+    A new one: after a restart of the server those that wait in the engine's pool are dead. SQLAlchemy's errors, as
+    `engine.connect()` has them, if there is none to be had.
     """
-    borrowed = engine.pool.recreate().connect()
+    driver_error = engine.dialect.loaded_dbapi.Error
+    try:
+        borrowed = engine.pool.recreate().connect()
+    except driver_error as error:
+        raise sa.exc.DBAPIError.instance("connect", None, error, driver_error) from error
     connection: Any = borrowed.dbapi_connection
     borrowed.detach()
     connection.autocommit = True

@@ -9,8 +9,8 @@ import fcntl
 import os
 import select
 import threading
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -127,6 +127,18 @@ def _refuse_broken(connection: Any, _record: object, _proxy: object) -> None:
     poll.register(connection.fileno(), select.POLLIN)
     if poll.poll(0):
         raise sa.exc.DisconnectionError("the server ended this connection")
+
+
+@contextmanager
+def connected(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection to the bus. Besides SQLAlchemy's database errors, ConnectionResetError: the server ended, twice in a row,
+    what the pool had just opened."""
+    try:
+        connection = engine.connect()
+    except sa.exc.InvalidRequestError as error:
+        raise ConnectionResetError("the server ends each new connection") from error
+    with connection:
+        yield connection
 
 
 _SYNCHRONOUS = {
