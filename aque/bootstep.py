@@ -53,6 +53,9 @@ class AqueWorker:
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
         self.whole = _whole(settings, worker.pool)
+        is_personal = not settings.is_shared and not settings.unsafe_allow_root_sqlite
+        self.user = "" if is_personal else machine.user_name()
+        self.switches_user = not is_personal and os.geteuid() == 0
         self.ledger = Ledger(self.whole)
         self.eventer = EventQueue(worker.app, worker.hostname)
         self.heartbeat: Heartbeat | None = None
@@ -62,7 +65,7 @@ class AqueWorker:
             settings,
             self.register(),
             self.ledger,
-            Place(socket.gethostname(), sys.platform, self.queues, self.whole),
+            Place(socket.gethostname(), sys.platform, self.queues, self.whole, self.user, self.switches_user),
             runner.start,
             until=worker.app.conf.get("aque_until"),
             on_end=_end_worker,
@@ -111,6 +114,9 @@ class AqueWorker:
                     platform=sys.platform,
                     version=__version__,
                     lease_seconds=self.settings.lease_seconds,
+                    user=self.user,
+                    switches_user=self.switches_user,
+                    containment="subreaper",
                 ),
             )
         self.worker_id = worker_id

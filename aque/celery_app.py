@@ -37,7 +37,11 @@ TASK_OPTIONS = (
     "duration",
     "io_paths",
     "time_limit",
+    "soft_time_limit",
     "max_attempts",
+    "requeue",
+    "strict_lease",
+    "interpreter",
     "layer",
 )
 #: Options that say what a call waits for.

@@ -20,16 +20,26 @@ class Place:
     platform: str
     queues: frozenset[str]
     whole: Capacity
+    user: str = ""  #: whose tasks it runs; empty: whoever's, as itself
+    switches_user: bool = False  #: it runs the tasks of other users as these
+
+
+def is_own(requirement: Requirement, place: Place) -> bool:
+    """True if this worker runs such a task as itself."""
+    return not place.user or requirement.user in ("", place.user)
+
+
+def runs_in_pool(requirement: Requirement, place: Place) -> bool:
+    """True for a Python task that a child of the worker's own pool runs: its own user's, under its own interpreter."""
+    return requirement.pattern is Pattern.PYTHON and not requirement.interpreter and is_own(requirement, place)
 
 
 def need(requirement: Requirement, place: Place) -> Capacity:
     """What a task with this requirement reserves on this worker."""
     cpus = CpuRequest.parse(requirement.cpus).share(place.whole.cpus)
+    pooled = runs_in_pool(requirement, place)
     return Capacity(
-        cpus,
-        requirement.memory_bytes,
-        python_slots=1 if requirement.pattern is Pattern.PYTHON else 0,
-        command_slots=1 if requirement.pattern is Pattern.SHELL and cpus == 0 else 0,
+        cpus, requirement.memory_bytes, python_slots=int(pooled), command_slots=int(not pooled and cpus == 0)
     )
 
 
@@ -39,6 +49,8 @@ def why_never(requirement: Requirement, place: Place) -> str | None:
         return f"queue {requirement.queue!r} is not served"
     if requirement.host and not matches_host(requirement.host, place.host):
         return f"host {place.host} is not one of {requirement.host}"
+    if not is_own(requirement, place) and not place.switches_user:
+        return f"user is {place.user}, who cannot run tasks of {requirement.user}"
     if requirement.platform and requirement.platform != place.platform:
         return f"platform is {place.platform}, not {requirement.platform}"
     return place.whole.lacking(need(requirement, place))

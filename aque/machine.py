@@ -1,6 +1,7 @@
 """This host and this process: CPUs, memory, identity, and the settings that its environment and files give."""
 
 import os
+import pwd
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,14 @@ import psutil
 
 from aque import settings
 from aque.errors import BadSetting
+
+
+def user_name() -> str:
+    """Whose process this is, by its effective uid: not by variables that anybody can set."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a uid without a name, as in many containers
+        return str(os.geteuid())
 
 
 def usable_cpus() -> int:

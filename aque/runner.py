@@ -276,7 +276,9 @@ class Attempt:
         task, now = self.task, time.monotonic()
         ran = now - self._began if seconds is None else seconds
         celery_state.task_ready(self.request, successful=state is State.SUCCESS)
-        outcome = Outcome(task.id, task.attempt, task.token, state, reason, exit_code, signal, ran, value, error, now)
+        outcome = Outcome(
+            task.id, task.attempt, task.token, state, reason, exit_code, signal, ran, value, error, ended=now
+        )
         self._runner.listener.finished(outcome)
         if self._runner.eventer.enabled:
             self._send_event(state, error, shown, ran)

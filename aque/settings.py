@@ -42,7 +42,28 @@ class Settings:
     result_limit_bytes: int = _setting(1 << 20, "bytes", "the largest result that is stored", 1)
     inputs_limit_bytes: int = _setting(64 << 20, "bytes", "the most that dependencies' results may add to one task", 1)
     stdin_limit_bytes: int = _setting(8 << 20, "bytes", "the largest stdin that is stored with a task", 0)
-    output_limit_bytes: int = _setting(8 << 20, "bytes", "captured output kept of one attempt and stream", 0)
+    output_limit_bytes: int = _setting(
+        8 << 20, "bytes", "captured output kept of one attempt: half of it from the start, half from the end", 0
+    )
+    min_uid: int = _setting(1000, "uid", "shared stores: tasks of users below this are refused", 0)
+    allow_root_tasks: bool = _setting(False, "yes/no", "shared stores: run the tasks of root, as root")
+    unsafe_allow_root_sqlite: bool = _setting(
+        False, "yes/no", "SQLite: let root switch to the users of tasks; for tests, since anybody who can write may lie"
+    )
+    environment_allow: str = _setting(
+        "*", "globs", "of a task's environment, as submitted: the variables that a command of another user gets"
+    )
+    environment_deny: str = _setting(
+        "LD_PRELOAD,LD_AUDIT", "globs", "of these, those that it does not get; names with commas, * for any text"
+    )
+    no_new_privileges: bool = _setting(
+        True, "yes/no", "a command of another user cannot gain privileges (sudo, ping and other setuid programs fail)"
+    )
+    rlimits: str = _setting(
+        "",
+        "limits",
+        "resource limits of commands, as in `nofile=4096,core=0`; after a colon the hard limit, else the same",
+    )
 
     @property
     def store_url(self) -> str:
@@ -107,12 +128,18 @@ def load(
 
 def _parse(name: str, value: Any, kind: type, minimum: float | None, source: str) -> Any:
     try:
-        parsed = kind(value)
-    except (TypeError, ValueError):
+        parsed = _boolean(value) if kind is bool else kind(value)
+    except (TypeError, ValueError, KeyError):
         raise BadSetting(f"{source}: {name} must be of type {kind.__name__}, not {value!r}.") from None
     if minimum is not None and not parsed >= minimum:
         raise BadSetting(f"{source}: {name} must be at least {minimum:g}, not {value!r}.")
     return parsed
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}[str(value).lower()]
 
 
 def _check_broker(url: str) -> None:

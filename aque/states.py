@@ -53,6 +53,8 @@ class Reason(StrEnum):
     CANNOT_EXECUTE = "cannot_execute"
     NOT_FOUND = "not_found"  #: there is no such command
     CANNOT_ENTER_CWD = "cannot_enter_cwd"
+    CANNOT_BECOME_USER = "cannot_become_user"
+    CANNOT_OPEN = "cannot_open"  #: a file in place of stdin, stdout or stderr
     CANNOT_IMPORT = "cannot_import"
     NOT_STORABLE = "not_storable"  #: the result cannot be written as JSON, or is too large
     INPUTS_TOO_LARGE = "inputs_too_large"

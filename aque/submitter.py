@@ -8,16 +8,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from getpass import getuser
 from typing import Any
 
 from aque import doorbell
 from aque.errors import BadInput
+from aque.machine import user_name
 from aque.resources import CpuRequest, parse_memory
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, READY_STATES, State
 from aque.store import Store, again
-from aque.values import Dependency, Pattern, Requirement, TaskSpec
+from aque.values import NO_REDIRECTIONS, Dependency, Pattern, Redirections, Requirement, TaskSpec
 
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
 _OWN_VARIABLES = (b"AQUE_TASK_ID", b"AQUE_TID", b"AQUE_ATTEMPT", b"AQUE_CPUS", b"AQUE_PARENT_ID", b"AQUE_BROKER", b"_")
@@ -41,8 +41,12 @@ class Options:
     platform: str = ""  #: as `sys.platform`
     duration: float = 0.0  #: expected seconds
     io_paths: tuple[str | bytes, ...] = ()
-    time_limit: float | None = None  #: seconds
+    time_limit: float | None = None  #: seconds, then it is killed
+    soft_time_limit: float | None = None  #: seconds, then it is asked to end
     max_attempts: int = 1
+    requeue: bool = True  #: False: if its worker dies, it is not run again
+    strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
+    interpreter: str = ""  #: of a Python task: a program such as /usr/bin/python3
     layer: str = ""
     dependencies: tuple[Dependency, ...] = ()
     job_id: int | None = None
@@ -112,6 +116,8 @@ class Submitter:
         options: Options,
         *,
         stdin: bytes | None = None,
+        redirections: Redirections = NO_REDIRECTIONS,
+        login: bool = False,
         cwd: str | bytes | None = None,
         env: Mapping[bytes, bytes] | None = None,
     ) -> TaskSpec:
@@ -128,6 +134,12 @@ class Submitter:
                 f"stdin has {len(stdin)} bytes, at most {self.settings.stdin_limit_bytes} are stored with a task "
                 "(setting stdin_limit_bytes). Nothing was submitted: let the command read a file."
             )
+        if options.interpreter:
+            raise BadInput(
+                "interpreter is for Python tasks: name the program as the command's first word. Nothing was submitted."
+            )
+        if stdin is not None and redirections.stdin is not None:
+            raise BadInput("stdin can be bytes or a file, not both. Nothing was submitted.")
         return self._spec(
             task_id,
             options,
@@ -135,6 +147,8 @@ class Submitter:
             os.fsdecode(os.path.basename(words[0]) or words[0]),
             argv=words,
             stdin=stdin,
+            redirections=redirections,
+            login=login,
             cwd=_path("cwd", cwd) if cwd is not None else os.getcwdb(),
             umask=_umask(),
             environment=_environment(os.environb if env is None else env),
@@ -153,6 +167,9 @@ class Submitter:
             arguments=arguments,
             inputs=tuple(inputs),
             cwd=os.getcwdb(),
+            umask=_umask(),
+            # A pool's child has the worker's environment: only who runs it apart needs the submitter's.
+            environment=_environment(os.environb) if options.interpreter or self.settings.is_shared else b"",
             import_path=tuple(entry or os.getcwd() for entry in sys.path),
         )
 
@@ -167,7 +184,16 @@ class Submitter:
                 "a task can depend on another one in one way only: ok, any or failed. Nothing was submitted."
             )
         queue = options.queue or self.settings.default_queue
-        wanted = (queue, pattern, options.cpus, options.memory, options.host, options.platform)
+        wanted = (
+            queue,
+            pattern,
+            options.cpus,
+            options.memory,
+            options.host,
+            options.platform,
+            self._user,
+            options.interpreter,
+        )
         try:
             requirement = _requirement(*wanted)
         except TypeError:  # something that cannot be hashed, and that the check below has a sentence for
@@ -185,7 +211,10 @@ class Submitter:
             layer=_text("layer", options.layer),
             seq=options.seq,
             max_attempts=_integer("max_attempts", options.max_attempts, 1, 1000),
-            time_limit_seconds=None if options.time_limit is None else _seconds("time_limit", options.time_limit),
+            requeue=bool(options.requeue),
+            time_limit_seconds=_limit("time_limit", options.time_limit),
+            soft_time_limit_seconds=_limit("soft_time_limit", options.soft_time_limit),
+            strict_lease=bool(options.strict_lease),
             submitter=self._user,
             celery_id=options.celery_id,
             **fields,
@@ -200,7 +229,14 @@ class Submitter:
 
 @lru_cache(maxsize=1024, typed=True)
 def _requirement(
-    queue: str, pattern: Pattern, cpus: str | float, memory: str | int, host: str, platform: str
+    queue: str,
+    pattern: Pattern,
+    cpus: str | float,
+    memory: str | int,
+    host: str,
+    platform: str,
+    user: str,
+    interpreter: str,
 ) -> Requirement:
     """The requirement, read and checked; remembered, since a graph of 100,000 tasks has few different ones."""
     return Requirement(
@@ -210,6 +246,8 @@ def _requirement(
         memory_bytes=parse_memory(memory),
         host=_text("host", host),
         platform=_text("platform", platform),
+        user=user,
+        interpreter=_text("interpreter", interpreter),
     )
 
 
@@ -250,14 +288,6 @@ def _umask() -> int:
     return 0o022
 
 
-def user_name() -> str:
-    """Who submits: the `submitter` of the tasks of this process."""
-    try:
-        return getuser()
-    except (KeyError, OSError):  # a uid without a name, as in many containers
-        return str(os.getuid())
-
-
 def _text(what: str, value: str) -> str:
     if not isinstance(value, str) or "\0" in value or len(value) > 4096:
         raise BadInput(f"{what} must be a text without NUL of at most 4096 characters, not {value!r:.60}.")
@@ -268,6 +298,10 @@ def _integer(what: str, value: int, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise BadInput(f"{what} must be a whole number from {low} to {high}, not {value!r:.60}.")
     return value
+
+
+def _limit(what: str, value: float | None) -> float | None:
+    return None if value is None else _seconds(what, value)
 
 
 def _seconds(what: str, value: float) -> float:

@@ -33,6 +33,18 @@ class Dependency:
 
 
 @dataclass(frozen=True, slots=True)
+class Redirections:
+    """Files in place of a command's captured streams, opened as its user, below its working directory; None: captured."""
+
+    stdin: bytes | None = None
+    stdout: bytes | None = None
+    stderr: bytes | None = None
+
+
+NO_REDIRECTIONS = Redirections()
+
+
+@dataclass(frozen=True, slots=True)
 class Requirement:
     """What a task needs of a worker: tasks with equal requirements form a requirement class, claimed together."""
 
@@ -42,6 +54,8 @@ class Requirement:
     memory_bytes: int = 0
     host: str = ""  #: comma-separated globs, `!` excludes; empty: any host
     platform: str = ""  #: as `sys.platform`; empty: any
+    user: str = ""  #: whose processes it runs; empty: the worker's own
+    interpreter: str = ""  #: PYTHON: the program that runs it, under the worker's host; empty: the worker's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +72,11 @@ class TaskSpec:
     inputs: tuple[int, ...] = ()  #: PYTHON: tasks whose results the arguments name
     argv: tuple[bytes, ...] = ()  #: SHELL
     stdin: bytes | None = None  #: SHELL; None: /dev/null
+    redirections: Redirections = NO_REDIRECTIONS  #: SHELL
+    login: bool = False  #: SHELL: in the user's login shell
     cwd: bytes = b"/"
     umask: int = 0o022
-    environment: bytes = b""  #: SHELL: NAME=VALUE, each ended by NUL
+    environment: bytes = b""  #: NAME=VALUE, each ended by NUL; empty for PYTHON that only a pool may run
     import_path: tuple[str, ...] = ()  #: PYTHON: the submitter's, for the message when the import fails on a worker
     io_paths: tuple[bytes, ...] = ()
     dependencies: tuple[Dependency, ...] = ()
@@ -69,7 +85,10 @@ class TaskSpec:
     layer: str = ""  #: display label; empty: the name
     seq: int = 0  #: position within the job
     max_attempts: int = 1
+    requeue: bool = True  #: False: a lost attempt is the last
     time_limit_seconds: float | None = None
+    soft_time_limit_seconds: float | None = None  #: SHELL: SIGTERM; PYTHON: SoftTimeLimitExceeded
+    strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
     submitter: str = ""
     celery_id: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -106,15 +125,21 @@ class ClaimedTask:
     inputs: tuple[int, ...]
     argv: tuple[bytes, ...]
     stdin: bytes | None
+    redirections: Redirections
+    login: bool
     cwd: bytes
     umask: int
     environment: bytes
     import_path: tuple[str, ...]
+    user: str
+    interpreter: str
     parent_id: int | None
     job_id: int
     celery_id: str | None
     max_attempts: int
     time_limit_seconds: float | None
+    soft_time_limit_seconds: float | None
+    strict_lease: bool
     #: results of `inputs`, as stored
     results: Mapping[int, bytes] = field(default_factory=dict)
 
@@ -133,6 +158,7 @@ class Outcome:
     ran_seconds: float = 0.0
     value: bytes | None = None
     error: bytes | None = None
+    truncated: bool = False  #: output was cut
     ended: float | None = None  #: when, on this process's monotonic clock; None: now
 
 
@@ -154,3 +180,6 @@ class WorkerInfo:
     platform: str
     version: str
     lease_seconds: float
+    user: str  #: whose tasks it runs; empty: whoever's, as itself (a store of one person)
+    switches_user: bool  #: it runs the tasks of other users as these
+    containment: str  #: how it keeps processes together, for people

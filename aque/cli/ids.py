@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from aque.cli.farm import Farm
 from aque.errors import BadInput, UnknownTask
-from aque.submitter import user_name
+from aque.machine import user_name
 
 #: A range longer than this is a slip of the finger.
 LONGEST_RANGE = 1_000_000

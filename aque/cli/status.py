@@ -16,8 +16,8 @@ from aque.cli import ids
 from aque.cli.farm import Farm, open_farm
 from aque.cli.show import as_json, columns, count, escape, span, timestamp
 from aque.errors import BadInput
+from aque.machine import user_name
 from aque.states import COMPLETE_STATES, State
-from aque.submitter import user_name
 from aque.values import Pattern, Requirement
 
 #: What `--json` prints, in this order; programs rely on it.
@@ -26,7 +26,7 @@ FIELDS = (
     "depends_on", "parent_id", "job_id", "submitter", "submitted_at", "started_at", "finished_at",
 )  # fmt: skip
 #: What `why` is made of.
-_FOR_WHY = ("state", "cpus", "memory", "queue", "pattern", "host", "platform", "unmet")
+_FOR_WHY = ("state", "cpus", "memory", "queue", "pattern", "host", "platform", "user", "interpreter", "unmet")
 _TABLE = (
     "id", "state", "reason", "exit_code", "signal", "cpus", "memory", "worker", "submitted_at", "started_at",
     "finished_at", "name",
@@ -106,7 +106,14 @@ def why(row: dict[str, Any], places: Sequence[Place]) -> str | None:
         return "held"
     if state is State.READY:
         requirement = Requirement(
-            row["queue"], Pattern(row["pattern"]), row["cpus"], row["memory"], row["host"], row["platform"]
+            row["queue"],
+            Pattern(row["pattern"]),
+            row["cpus"],
+            row["memory"],
+            row["host"],
+            row["platform"],
+            row["user"],
+            row["interpreter"],
         )
         return why_nowhere(requirement, places)
     return None

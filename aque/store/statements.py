@@ -60,7 +60,7 @@ def add_requirement(dialect: str) -> Statement:
 
 @cache
 def find_requirement() -> Statement:
-    names = ("queue", "pattern", "cpus", "memory_bytes", "host", "platform")
+    names = ("queue", "pattern", "cpus", "memory_bytes", "host", "platform", "user", "interpreter")
     return sa.select(requirement.c.id).where(*[requirement.c[n] == sa.bindparam(n) for n in names])
 
 
@@ -165,6 +165,7 @@ def _claim(dialect: str) -> Any:
             reason=None,
             exit_code=None,
             signal=None,
+            truncated=False,
             progress=None,
         )
         .returning(*_CLAIMED)
@@ -189,11 +190,19 @@ _PAYLOAD = (
     payload.c.inputs,
     payload.c.argv,
     payload.c.stdin,
+    payload.c.stdin_path,
+    payload.c.stdout_path,
+    payload.c.stderr_path,
+    payload.c.login,
     payload.c.cwd,
     payload.c.umask,
     payload.c.import_path,
     payload.c.time_limit_seconds,
+    payload.c.soft_time_limit_seconds,
+    payload.c.strict_lease,
     requirement.c.queue,
+    requirement.c.user,
+    requirement.c.interpreter,
     environment.c.content.label("environment"),
 )
 
@@ -267,6 +276,7 @@ _OUTCOME: dict[str, sa.types.TypeEngine[Any]] = {
     "reason": sa.Text(),
     "exit_code": sa.Integer(),
     "signal": sa.Integer(),
+    "truncated": sa.Boolean(),
     "started_at": sa.Double(),
     "ended_at": sa.Double(),
     "repeat": sa.Boolean(),
@@ -319,7 +329,13 @@ def _finish(row: Any) -> Any:
         .values(
             state=sa.case(
                 (sa.and_(lost, task.c.kill_signal.in_(sorted(ENDING_SIGNALS))), State.KILLED.value),
-                (sa.and_(lost, task.c.lost + 1 >= sa.bindparam("max_lost", type_=sa.Integer)), State.ERROR.value),
+                (
+                    sa.and_(
+                        lost,
+                        sa.or_(sa.not_(task.c.requeue), task.c.lost + 1 >= sa.bindparam("max_lost", type_=sa.Integer)),
+                    ),
+                    State.ERROR.value,
+                ),
                 (repeat, State.READY.value),
                 else_=row.state,
             ),
@@ -329,10 +345,12 @@ def _finish(row: Any) -> Any:
             reason=row.reason,
             exit_code=row.exit_code,
             signal=row.signal,
+            truncated=row.truncated,
             started_at=sa.func.coalesce(task.c.started_at, row.started_at),
             finished_at=row.ended_at,
             token=None,
             kill_signal=None,
+            kill_grace=None,
         )
         .returning(task.c.id, task.c.state, task.c.dependents)
     )
@@ -661,7 +679,7 @@ def declare_lost(dialect: str) -> Statement:
 def held_by_worker() -> Statement:
     """The tasks that `which_worker` has, locked in order."""
     return (
-        sa.select(task.c.id, task.c.state, task.c.lost, task.c.kill_signal)
+        sa.select(task.c.id, task.c.state, task.c.lost, task.c.requeue, task.c.kill_signal)
         .where(task.c.worker_id == sa.bindparam("which_worker"), _in_states(_ON_WORKER))
         .order_by(task.c.id)
         .with_for_update(of=task)
@@ -682,6 +700,7 @@ def lose(dialect: str) -> Statement:
             lost=task.c.lost + sa.case((ran, 1), else_=0),
             token=None,
             kill_signal=None,
+            kill_grace=None,
             reason=rows.c.reason,
             finished_at=sa.case((rows.c.state == State.READY, sa.null()), else_=wall_clock()),
         )
@@ -701,12 +720,15 @@ FIELDS: dict[str, sa.ColumnElement[Any]] = {
     "worker": worker.c.name,
     "exit_code": task.c.exit_code,
     "signal": task.c.signal,
+    "truncated": task.c.truncated,
     "priority": task.c.priority,
     "cpus": requirement.c.cpus,
     "memory": requirement.c.memory_bytes,
     "queue": requirement.c.queue,
     "host": requirement.c.host,
     "platform": requirement.c.platform,
+    "user": requirement.c.user,
+    "interpreter": requirement.c.interpreter,
     "pattern": task.c.pattern,
     "layer": task.c.layer,
     "seq": task.c.seq,
@@ -723,7 +745,7 @@ FIELDS: dict[str, sa.ColumnElement[Any]] = {
     "finished_at": task.c.finished_at,
 }
 WORKER_FIELDS = frozenset({"worker"})
-REQUIREMENT_FIELDS = frozenset({"cpus", "memory", "queue", "host", "platform"})
+REQUIREMENT_FIELDS = frozenset({"cpus", "memory", "queue", "host", "platform", "user", "interpreter"})
 
 
 def tasks(fields: tuple[str, ...], where: dict[str, Any], newest: int | None = None) -> sa.Select[Any]:

@@ -36,6 +36,7 @@ from aque.values import (
     Outcome,
     Pattern,
     ReadyTask,
+    Redirections,
     Requirement,
     TaskSpec,
     WorkerInfo,
@@ -268,6 +269,8 @@ class Store:
             0,
             0,
             spec.max_attempts,
+            spec.requeue,
+            False,
             spec.name,
             str(spec.requirement.pattern),
             spec.id if spec.job_id is None else spec.job_id,
@@ -289,12 +292,18 @@ class Store:
             _json(spec.inputs) if spec.inputs else b"",
             _join(spec.argv),
             spec.stdin,
+            spec.redirections.stdin,
+            spec.redirections.stdout,
+            spec.redirections.stderr,
+            spec.login,
             spec.cwd,
             spec.umask,
             _digest(spec.environment) if spec.environment else None,
             _json_list(spec.import_path) if spec.import_path else b"",
             _join(spec.io_paths),
             spec.time_limit_seconds,
+            spec.soft_time_limit_seconds,
+            spec.strict_lease,
             _json(spec.extra) if spec.extra else b"",
         )
 
@@ -312,7 +321,14 @@ class Store:
         if unknown := [i for i in wanted if i not in self._requirements]:
             for row in connection.execute(sql.requirements(self.dialect), {"ids": unknown}):
                 self._requirements[row.id] = Requirement(
-                    row.queue, Pattern(row.pattern), row.cpus, row.memory_bytes, row.host, row.platform
+                    row.queue,
+                    Pattern(row.pattern),
+                    row.cpus,
+                    row.memory_bytes,
+                    row.host,
+                    row.platform,
+                    row.user,
+                    row.interpreter,
                 )
         return {i: self._requirements[i] for i in wanted}
 
@@ -397,6 +413,7 @@ class Store:
                 "reason": None if o.reason is None else str(o.reason),
                 "exit_code": o.exit_code,
                 "signal": o.signal,
+                "truncated": o.truncated,
                 "started_at": ends[o.id] - o.ran_seconds,
                 "ended_at": ends[o.id],
                 "repeat": o.state is State.ERROR,
@@ -551,7 +568,13 @@ class Store:
         row = {name: getattr(info, name) for name in WorkerInfo.__slots__}
         connection.execute(
             sql.insert_worker(),
-            {**row, "queues": json.dumps(info.queues), "state": "live", "lease": info.lease_seconds},
+            {
+                **row,
+                "queues": json.dumps(info.queues),
+                "state": "live",
+                "draining": False,
+                "lease": info.lease_seconds,
+            },
         )
 
     def renew(self, connection: sa.Connection, worker_id: int) -> bool:
@@ -586,7 +609,7 @@ class Store:
             started = item.state == State.RUNNING
             if item.kill_signal in ENDING_SIGNALS:
                 state, reason = (State.KILLED if started else State.CANCELLED), Reason.REQUEST
-            elif started and item.lost + 1 >= max_lost:
+            elif started and (not item.requeue or item.lost + 1 >= max_lost):
                 state, reason = State.ERROR, Reason.WORKER_LOST
             else:
                 state, reason = State.READY, Reason.WORKER_LOST
@@ -724,12 +747,13 @@ class Store:
 
 _TASK_COLUMNS = (
     "id", "state", "requirement_id", "priority", "duration", "unmet", "dependents", "attempt", "failed", "lost", "max_attempts",
-    "name", "pattern", "job_id", "layer", "parent_id", "seq", "submitter", "celery_id", "reason", "submitted_at",
-    "finished_at",
+    "requeue", "truncated", "name", "pattern", "job_id", "layer", "parent_id", "seq", "submitter", "celery_id", "reason",
+    "submitted_at", "finished_at",
 )  # fmt: skip
 _PAYLOAD_COLUMNS = (
-    "task_id", "function", "arguments", "inputs", "argv", "stdin", "cwd", "umask", "environment_id", "import_path",
-    "io_paths", "time_limit_seconds", "extra",
+    "task_id", "function", "arguments", "inputs", "argv", "stdin", "stdin_path", "stdout_path", "stderr_path", "login",
+    "cwd", "umask", "environment_id", "import_path", "io_paths", "time_limit_seconds", "soft_time_limit_seconds",
+    "strict_lease", "extra",
 )  # fmt: skip
 _EDGE_COLUMNS = ("upstream", "downstream", "condition", "satisfied")
 
@@ -782,17 +806,27 @@ def _claimed(row: Any, token: int) -> ClaimedTask:
         arguments=bytes(row.arguments),
         inputs=_list(row.inputs),
         argv=_split(row.argv),
-        stdin=None if row.stdin is None else bytes(row.stdin),
+        stdin=_bytes(row.stdin),
+        redirections=Redirections(_bytes(row.stdin_path), _bytes(row.stdout_path), _bytes(row.stderr_path)),
+        login=row.login,
         cwd=bytes(row.cwd),
         umask=row.umask,
         environment=bytes(row.environment or b""),
         import_path=_list(row.import_path),
+        user=row.user,
+        interpreter=row.interpreter,
         parent_id=row.parent_id,
         job_id=row.job_id,
         celery_id=row.celery_id,
         max_attempts=row.max_attempts,
         time_limit_seconds=row.time_limit_seconds,
+        soft_time_limit_seconds=row.soft_time_limit_seconds,
+        strict_lease=row.strict_lease,
     )
+
+
+def _bytes(value: Any) -> bytes | None:
+    return None if value is None else bytes(value)
 
 
 def _worker(row: Any) -> WorkerRow:

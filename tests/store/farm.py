@@ -32,6 +32,9 @@ def worker(store: Store, name: str = "celery@here", *, lease_seconds: float = 30
                 "linux",
                 "0",
                 lease_seconds,
+                "",
+                False,
+                "subreaper",
             ),
         )
     return worker_id

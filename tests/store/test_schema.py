@@ -4,6 +4,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -12,7 +13,7 @@ from alembic.script import ScriptDirectory
 from aque import settings
 from aque.errors import BadStateDirectory, StoreUnreachable, WrongSchema
 from aque.store import Store, open_store, schema, tables
-from aque.store.engine import check_state_directory, file_system, open_engine
+from aque.store.engine import check_state_directory, file_system, open_engine, transaction
 
 
 def test_the_migrations_make_the_tables_of_the_code(store: Store) -> None:
@@ -86,3 +87,34 @@ def test_the_file_system_of_a_path_is_that_of_its_longest_mount_point() -> None:
     assert file_system(Path("/home/someone/x"), mountinfo) == "nfs4"
     assert file_system(Path("/home/with blank/x"), mountinfo) == "xfs"
     assert file_system(Path("/homes"), mountinfo) == "ext4"
+
+
+def test_the_rows_of_the_first_version_are_kept_by_the_upgrade(store_url: str) -> None:
+    configured = settings.load({"AQUE_BROKER": store_url})
+    engine = open_engine(configured.store_url)
+    with engine.connect() as connection, transaction(connection):
+        config = Config()
+        config.set_main_option("script_location", str(Path(schema.__file__).parent / "migrations"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql(
+            "INSERT INTO aque_requirement (id, queue, pattern, cpus, memory_bytes, host, platform) "
+            "VALUES (1, 'celery', 'shell', '1', 0, '', '')"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO aque_task (id, state, requirement_id, priority, duration, unmet, dependents, attempt, failed, lost, "
+            "max_attempts, name, pattern, job_id, layer, seq, submitter, submitted_at) "
+            "VALUES (2, 'ready', 1, 0, 0, 0, 0, 0, 0, 0, 1, 'old', 'shell', 2, 'old', 0, 'someone', 1)"
+        )
+        payload = "(task_id, function, arguments, inputs, argv, cwd, umask, import_path, io_paths, extra)"
+        connection.exec_driver_sql(
+            f"INSERT INTO aque_payload {payload} VALUES (2, '', '', '', 'true', '/', 18, '', '', '')"
+        )
+    assert schema.upgrade(engine) == "0001"
+    opened = open_store(configured)
+    with opened.connect() as connection:
+        (old,) = opened.tasks(connection, fields=["id", "name", "user", "interpreter", "truncated"])
+        assert opened.doctor(connection) == []
+    assert old == {"id": 2, "name": "old", "user": "", "interpreter": "", "truncated": False}
+    opened.close()
+    engine.dispose()
