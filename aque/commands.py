@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 from typing import Any, Literal
 
@@ -21,7 +22,18 @@ from aque import supervisor
 
 logger = logging.getLogger(__name__)
 
-Reason = Literal["exit", "signal", "time_limit", "killed", "cannot_execute", "not_found", "cannot_enter_cwd", "lost"]
+Reason = Literal[
+    "exit",
+    "signal",
+    "time_limit",
+    "killed",
+    "cannot_execute",
+    "not_found",
+    "cannot_enter_cwd",
+    "cannot_become_user",
+    "cannot_open",
+    "lost",
+]
 
 #: Idle supervisors above this many end after `IDLE_SECONDS`; the others spare the next command a fork.
 WARM = 2
@@ -35,6 +47,16 @@ RECEIVE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
+class OtherUser:
+    """A user to become, which takes a worker of root's."""
+
+    name: str
+    #: Of this user nothing is run if the uid is smaller; 0 is refused unless `allow_root`.
+    min_uid: int = 1000
+    allow_root: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Command:
     """What to run. Bytes throughout: argv, environment and paths of Unix have no encoding."""
 
@@ -45,10 +67,23 @@ class Command:
     cwd: bytes
     #: None or empty: /dev/null.
     stdin: bytes | None = None
+    #: Files in place of stdin, stdout and stderr, opened as the command's user below `cwd`; outputs are emptied first.
+    redirections: tuple[bytes | None, bytes | None, bytes | None] = (None, None, None)
     #: None: the worker's.
     umask: int | None = None
-    #: Of each stream; what is written beyond is read, counted and dropped.
+    #: None: the worker's own. HOME, SHELL, USER and LOGNAME of `env` become this user's.
+    user: OtherUser | None = None
+    #: It cannot gain privileges by setuid programs; for another user only.
+    no_new_privileges: bool = True
+    #: In a login shell: that of `env`.
+    login: bool = False
+    #: Resource (as in the module `resource`), soft limit, hard limit.
+    rlimits: tuple[tuple[int, int, int], ...] = ()
+    #: Half of it for the first bytes of both streams, a quarter for the last ones of each; what is between is read, counted
+    #: and dropped.
     output_limit_bytes: int = 8 << 20
+    #: It writes a result of at most so many bytes to descriptor 3; None: it has no such descriptor.
+    result_limit_bytes: int | None = None
     time_limit_seconds: float | None = None
     #: Between the SIGTERM of a time limit and SIGKILL.
     kill_grace_seconds: float = 5.0
@@ -69,8 +104,11 @@ class Ended:
     #: All that was written, with what was dropped.
     stdout_bytes: int = 0
     stderr_bytes: int = 0
-    stdout_truncated: bool = False
-    stderr_truncated: bool = False
+    #: Some of the output was dropped.
+    truncated: bool = False
+    #: What it wrote to descriptor 3; None: nothing, or more than its limit.
+    result: bytes | None = None
+    result_bytes: int = 0
     #: User and system time of the tree, without processes that nobody waited for.
     cpu_seconds: float = 0.0
     #: The largest process's. Linux counts from the fork on: never less than the supervisor's own, about 12 MiB.
@@ -88,7 +126,9 @@ class Running:
     __slots__ = (
         "_channel",
         "_done",
+        "_dropped",
         "_killed",
+        "_result",
         "_runner",
         "_unsent",
         "command",
@@ -108,8 +148,10 @@ class Running:
         self.on_ended = on_ended
         #: None until `on_started`.
         self.pid: int | None = None
-        #: Bytes handed to `on_output`, by descriptor.
+        #: The next byte's offset, by descriptor.
         self.written = {1: 0, 2: 0}
+        self._dropped = 0
+        self._result = bytearray()
         self._runner = runner
         self._channel: _Channel | None = None
         #: For a supervisor that is still to come: the spec, stdin, then signals.
@@ -166,7 +208,8 @@ class CommandRunner:
     """Runs the commands of one worker, each under a supervisor of its own (see `aque.supervisor`).
 
     Callbacks are called in one thread of this object's, in order for each command: `on_started(pid)` unless it could not be
-    started, `on_output(fd, offset, data)` with fd 1 or 2, `on_ended(ended)` exactly once. They may come before `run` returns.
+    started, `on_output(fd, offset, data)` with fd 1 or 2 and rising offsets, with a gap where bytes were dropped,
+    `on_ended(ended)` exactly once. They may come before `run` returns.
     They must be quick, since all commands share the thread: while one of them takes its time, the commands' pipes fill up and
     the commands wait. They may call `run`, `signal` and `kill`, not `stop`. An exception is logged, and changes nothing else.
     """
@@ -261,9 +304,10 @@ class CommandRunner:
         self._asked = 0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
+        arguments = (theirs.fileno(), os.getpid(), Path(__file__).parents[1])
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, "-I", "-S", supervisor.__file__, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-I", "-S", "-c", supervisor.PROGRAM, *map(str, arguments)],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -511,11 +555,19 @@ class CommandRunner:
                     self._assign(channel)
                 self._changed.notify_all()
             self._call(running.on_ended, _ended(running, report))
+        elif kind == supervisor.RESULT:
+            running._result += body
+        elif kind == supervisor.TAIL:
+            kind, offset = supervisor.PIECE.unpack_from(body)
+            self._on_output(running, kind, offset, body[supervisor.PIECE.size :])
         else:
-            fd = 1 if kind == supervisor.STDOUT else 2
-            offset = running.written[fd]
-            running.written[fd] = offset + len(body)
-            self._call(running.on_output, fd, offset, body)
+            self._on_output(running, kind, running.written[_FDS[kind]], body)
+
+    def _on_output(self, running: Running, kind: bytes, offset: int, data: bytes) -> None:
+        fd = _FDS[kind]
+        running._dropped += offset - running.written[fd]
+        running.written[fd] = offset + len(data)
+        self._call(running.on_output, fd, offset, data)
 
     def _on_supervisor_lost(self, channel: _Channel) -> None:
         with self._changed:
@@ -545,6 +597,9 @@ class CommandRunner:
             self._wakeup = -1
 
 
+_FDS = {supervisor.STDOUT: 1, supervisor.STDERR: 2}
+
+
 def _name(command: Command) -> str:
     return repr(command.argv[0].decode(errors="backslashreplace")) if command.argv else "a command without words"
 
@@ -558,8 +613,16 @@ def _frames(command: Command) -> list[bytes]:
             "env": dict(command.env),
             "cwd": command.cwd,
             "umask": command.umask,
+            "user": command.user and command.user.name,
+            "min_uid": command.user and command.user.min_uid,
+            "allow_root": command.user and command.user.allow_root,
+            "no_new_privileges": command.no_new_privileges,
+            "login": command.login,
+            "rlimits": list(command.rlimits),
+            "redirections": list(command.redirections),
             "stdin_bytes": len(stdin),
             "output_limit_bytes": command.output_limit_bytes,
+            "result_limit_bytes": command.result_limit_bytes,
             "time_limit_seconds": command.time_limit_seconds,
             "kill_grace_seconds": command.kill_grace_seconds,
         }
@@ -592,11 +655,14 @@ def _ended(running: Running, report: dict[str, Any]) -> Ended:
         message,
         exit_code=None if number else code,
         signal=number,
-        errno=report["errno"],
+        errno=report["failure"] and report["failure"][2],
         stdout_bytes=report["stdout_bytes"],
         stderr_bytes=report["stderr_bytes"],
-        stdout_truncated=report["stdout_bytes"] > running.written[1],
-        stderr_truncated=report["stderr_bytes"] > running.written[2],
+        truncated=running._dropped > 0
+        or report["stdout_bytes"] > running.written[1]
+        or report["stderr_bytes"] > running.written[2],
+        result=bytes(running._result) if 0 < report["result_bytes"] == len(running._result) else None,
+        result_bytes=report["result_bytes"],
         cpu_seconds=report["cpu_seconds"],
         max_rss_bytes=report["max_rss_bytes"],
     )
@@ -605,18 +671,8 @@ def _ended(running: Running, report: dict[str, Any]) -> Ended:
 def _reason(command: Command, report: dict[str, Any], code: int | None) -> tuple[Reason, str]:
     """Why a command ended, and the sentence about it."""
     name = _name(command)
-    if report["failed"]:
-        why = os.strerror(report["errno"])
-        if report["failed"] == "cwd":
-            cwd = command.cwd.decode(errors="backslashreplace")
-            return "cannot_enter_cwd", f"cannot enter the working directory {cwd!r}: {why}. {name} was not started."
-        missing = report["errno"] in (errno.ENOENT, errno.ENOTDIR)
-        if not report["found"] and (missing or (report["errno"] == errno.EACCES and "/" not in name)):
-            where = "there is no such file" if "/" in name else "it is in no directory of the command's PATH"
-            return "not_found", f"cannot find {name}: {where}."
-        if missing:
-            return "cannot_execute", f"cannot execute {name}: the file exists, the interpreter it names does not."
-        return "cannot_execute", f"cannot execute {name}: {why}."
+    if report["failure"]:
+        return _reason_of_failure(command, name, *report["failure"])
     if code is None:
         how = "has not ended"
     elif code < 0:
@@ -629,6 +685,28 @@ def _reason(command: Command, report: dict[str, Any], code: int | None) -> tuple
     if report["why"] == "killed":
         return "killed", f"{name} was killed, and {how}."
     return ("exit", "") if code is not None and code >= 0 else ("signal", f"{name} {how}.")
+
+
+def _reason_of_failure(
+    command: Command, name: str, failed: str, why: str, code: int | None, found: bool
+) -> tuple[Reason, str]:
+    """Why a command was not started, and the sentence about it."""
+    if failed == "user":
+        return "cannot_become_user", f"cannot run {name} as its user: {why}. Nothing was started."
+    if failed == "open":
+        return "cannot_open", f"cannot open {why}. {name} was not started."
+    if failed == "cwd":
+        cwd = command.cwd.decode(errors="backslashreplace")
+        return "cannot_enter_cwd", f"cannot enter the working directory {cwd!r}: {why}. {name} was not started."
+    if failed == "limits":
+        return "cannot_execute", f"cannot set a limit of {name} (setting rlimits), {why}. Nothing was started."
+    missing = code in (errno.ENOENT, errno.ENOTDIR)
+    if not found and (missing or (code == errno.EACCES and "/" not in name)):
+        where = "there is no such file" if "/" in name else "it is in no directory of the command's PATH"
+        return "not_found", f"cannot find {name}: {where}."
+    if missing:
+        return "cannot_execute", f"cannot execute {name}: the file exists, the interpreter it names does not."
+    return "cannot_execute", f"cannot execute {name}: {why}."
 
 
 def _signal_name(number: int) -> str:

@@ -3,8 +3,8 @@
     worker ---- control socket ----> server ---- fork ----> supervisor ---- spawn ----> the command
        \\------------------- channel, one per supervisor -------/
 
-Run by path, `python -I -S supervisor.py CONTROL_FD WORKER_PID`, so that it needs the standard library alone and starts
-as a fresh, single-threaded interpreter: forking it is safe and cheap, forking a worker full of threads is neither.
+Run as `python -I -S -c PROGRAM CONTROL_FD WORKER_PID`, so that it needs the standard library alone and starts as a fresh,
+single-threaded interpreter: forking it is safe and cheap, forking a worker full of threads is neither.
 
 The server forks a supervisor when the worker asks for one, and answers with the worker's end of the channel. A supervisor
 runs one command at a time; between two commands it has no child. It ends, and kills what it runs, when its channel closes or
@@ -19,7 +19,8 @@ Channel, frames of kind and length (`FRAME`), then the body:
                         SIGNAL  number (`NUMBER`): to the command's process group
                         KILL    number, seconds (`KILLING`): to the whole tree; what is left after the seconds gets SIGKILL
     to the worker       STARTED pid (`NUMBER`) of the command
-                        STDOUT, STDERR  bytes as written, in order
+                        STDOUT, STDERR, RESULT  bytes as written, in order
+                        TAIL    kind, offset (`PIECE`), bytes: the end of a stream whose middle was dropped
                         ENDED   a marshalled dict, see `Supervisor.report`
                         BROKEN  text: the supervisor has failed, and has killed what it ran
 Marshal and not JSON: it carries bytes, costs no import, and both ends are one version of Python and trust each other.
@@ -35,20 +36,25 @@ import select
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from aque import launch
+
 ORDER = struct.Struct("=ci")
 FRAME = struct.Struct("=cI")
 NUMBER = struct.Struct("=i")
 KILLING = struct.Struct("=id")
+PIECE = struct.Struct("=cQ")
 FORK, ABANDON = b"F", b"A"
 RUN, SIGNAL, KILL = b"R", b"S", b"K"
-STARTED, STDOUT, STDERR, ENDED, BROKEN = b"P", b"1", b"2", b"E", b"!"
+STARTED, STDOUT, STDERR, RESULT, TAIL, ENDED, BROKEN = b"P", b"1", b"2", b"3", b"T", b"E", b"!"
+
+#: How to start a fresh interpreter with this module: its own directory of packages at the end of the path, and nothing else.
+PROGRAM = "import sys; sys.path.append(sys.argv[3]); from aque.supervisor import main; main()"
 
 #: How long output is still read after the command's end while a process that it left behind holds the pipe.
 DRAIN_SECONDS = 0.2
@@ -105,10 +111,16 @@ class Supervisor:
         self.flush_at = math.inf
         self.limit_at = math.inf
         self.grace_seconds = 0.0
-        #: Open pipe -> kind of its frames, bytes that may still be forwarded, bytes read.
+        #: Open pipe -> kind of its frames. Bytes read of each kind, and forwarded.
         self.streams: dict[int, bytes] = {}
-        self.room = {STDOUT: 0, STDERR: 0}
-        self.total = {STDOUT: 0, STDERR: 0}
+        self.total = {STDOUT: 0, STDERR: 0, RESULT: 0}
+        self.sent = {STDOUT: 0, STDERR: 0, RESULT: 0}
+        #: Bytes of output that are still forwarded at once, of both streams together; of each, its last so many are kept.
+        self.head_bytes = 0
+        self.tail_bytes = 0
+        self.tails = {STDOUT: bytearray(), STDERR: bytearray()}
+        #: Bytes of a result that are still forwarded.
+        self.result_bytes = 0
         #: Pipes that are not polled, because the worker does not keep up.
         self.paused: set[int] = set()
         self.cpu_seconds = 0.0
@@ -214,11 +226,8 @@ class Supervisor:
         stdin = self.take_stdin(spec["stdin_bytes"])
         try:
             self.start(spec, stdin)
-        except OSError as error:
-            # Popen names the directory when it could not enter it, else the program; both may be equal, never the same.
-            at_cwd = error.filename is spec["cwd"]
-            found = at_cwd or program(spec) is not None
-            self.report(failed="cwd" if at_cwd else "exec", errno=error.errno, found=found)
+        except launch.CannotStart as error:
+            self.report(error)
             return False
         finally:
             if stdin is not None:
@@ -246,53 +255,51 @@ class Supervisor:
             self.receive(wait=True)
 
     def start(self, spec: dict[str, Any], stdin: int | None) -> None:
-        """Start the command of `spec`: argv, env, cwd, umask (None: the worker's), stdin_bytes, output_limit_bytes,
-        time_limit_seconds (None: none), kill_grace_seconds. OSError if that is impossible."""
-        pipes: list[int] = []
+        """Start the command of `spec`. Raises CannotStart.
+
+        Besides what `launch.start` reads: user (a name with min_uid and allow_root; None: this process's), login,
+        stdin_bytes, output_limit_bytes, result_limit_bytes (None: it has no result), time_limit_seconds (None: none),
+        kill_grace_seconds.
+        """
+        user = None
+        if spec["user"] is not None:
+            user = launch.account(spec["user"], spec["min_uid"], spec["allow_root"])
+            spec["env"].update(
+                {b"HOME": os.fsencode(user.home), b"SHELL": os.fsencode(user.shell)}
+                | dict.fromkeys((b"USER", b"LOGNAME"), os.fsencode(user.name))
+            )
+        if spec["login"]:
+            shell = spec["env"].get(b"SHELL") or b"/bin/sh"
+            spec["argv"] = [shell, b"-l", b"-c", b'exec "$@"', shell, *spec["argv"]]
+        if spec["umask"] is None:
+            spec["umask"] = self.umask
+        pipes: dict[bytes, tuple[int, int]] = {}
         try:
-            for _ in (STDOUT, STDERR):
-                pipes += os.pipe2(os.O_CLOEXEC)
-            try:
-                self.command = self.spawn(spec, spec["argv"], stdin, pipes[1], pipes[3])
-            except OSError as error:
-                script = program(spec)
-                if error.errno != errno.ENOEXEC or script is None:
-                    raise
-                # A script without a first line that names its interpreter: a shell's, as execvp has it.
-                argv = [b"/bin/sh", script, *spec["argv"][1:]]
-                self.command = self.spawn(spec, argv, stdin, pipes[1], pipes[3])
+            for kind, path in ((STDOUT, spec["redirections"][1]), (STDERR, spec["redirections"][2])):
+                if path is None:
+                    pipes[kind] = os.pipe2(os.O_CLOEXEC)
+            if spec["result_limit_bytes"] is not None:
+                pipes[RESULT] = os.pipe2(os.O_CLOEXEC)
+            ends = {kind: writable for kind, (_, writable) in pipes.items()}
+            descriptors = [stdin, ends.get(STDOUT), ends.get(STDERR), ends.get(RESULT)]
+            self.command = launch.start(spec, user, descriptors)
         except BaseException:
-            for fd in pipes:
-                os.close(fd)
+            for readable, _ in pipes.values():
+                os.close(readable)
             raise
-        os.close(pipes[1])
-        os.close(pipes[3])
+        finally:
+            for _, writable in pipes.values():
+                os.close(writable)
         self.has_children = True
         self.grace_seconds = spec["kill_grace_seconds"]
         if (limit := spec["time_limit_seconds"]) is not None:
             self.limit_at = time.monotonic() + limit
-        self.streams = {pipes[0]: STDOUT, pipes[2]: STDERR}
-        self.room = dict.fromkeys(self.room, spec["output_limit_bytes"])
+        self.streams = {readable: kind for kind, (readable, _) in pipes.items()}
+        limit_bytes = spec["output_limit_bytes"]
+        self.head_bytes, self.tail_bytes = limit_bytes - limit_bytes // 4 * 2, limit_bytes // 4
+        self.result_bytes = spec["result_limit_bytes"] or 0
         for fd in self.streams:
             self.poll.register(fd, select.POLLIN)
-
-    def spawn(self, spec: dict[str, Any], argv: list[bytes], stdin: int | None, stdout: int, stderr: int) -> int:
-        """The pid of `argv`, started by vfork: as quick as posix_spawn, which on some builds of Python cannot setsid."""
-        try:
-            process = subprocess.Popen(
-                argv,
-                env=spec["env"],
-                cwd=spec["cwd"],
-                umask=self.umask if spec["umask"] is None else spec["umask"],
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-            )
-        except (ValueError, IndexError):  # a NUL byte, or no argv at all
-            raise OSError(errno.EINVAL, "Invalid argument", argv[0] if argv else None) from None
-        process.returncode = 0  # this process reaps by itself: else Popen would warn, and wait for a stranger one day
-        return process.pid
 
     def watch(self) -> None:
         """Until nothing of the command lives and its output is read."""
@@ -344,7 +351,7 @@ class Supervisor:
             self.poll.modify(channel, select.POLLIN | select.POLLOUT)
         if behind:
             for fd, kind in self.streams.items():
-                if self.room[kind] and fd not in self.paused:
+                if self.room(kind) and fd not in self.paused:
                     # Not modify to no events: the end of the pipe would be reported all the same, and with it data lost.
                     self.poll.unregister(fd)
                     self.paused.add(fd)
@@ -371,9 +378,31 @@ class Supervisor:
             self.close(fd)
             return
         self.total[kind] += len(data)
-        if room := self.room[kind]:
-            self.send(kind, data[:room])
-            self.room[kind] = max(0, room - len(data))
+        head = data[: self.room(kind)]
+        if head:
+            self.send(kind, head)
+            self.sent[kind] += len(head)
+            if kind == RESULT:
+                self.result_bytes -= len(head)
+            else:
+                self.head_bytes -= len(head)
+        if kind != RESULT and len(head) < len(data):
+            tail = self.tails[kind]
+            tail += data[len(head) :]
+            if len(tail) > self.tail_bytes + READ_BYTES:
+                del tail[: len(tail) - self.tail_bytes]
+
+    def room(self, kind: bytes) -> int:
+        """How many bytes of this stream would be forwarded at once."""
+        return self.result_bytes if kind == RESULT else self.head_bytes
+
+    def send_tails(self) -> None:
+        """What was kept of the ends of streams that were too long."""
+        for kind, tail in self.tails.items():
+            del tail[: max(0, len(tail) - self.tail_bytes)]
+            offset = self.total[kind] - len(tail)
+            for start in range(0, len(tail), READ_BYTES):
+                self.send(TAIL, PIECE.pack(kind, offset + start) + tail[start : start + READ_BYTES])
 
     def close(self, fd: int) -> None:
         if fd in self.paused:
@@ -452,19 +481,19 @@ class Supervisor:
             pause = min(pause * 1.5, 1.0)
             self.reap()
 
-    def report(self, failed: str | None = None, errno: int | None = None, found: bool = True) -> None:
-        """Tell the worker of the end. `failed`: "cwd" or "exec", with the errno and whether there is such a program."""
+    def report(self, failure: launch.CannotStart | None = None) -> None:
+        """Tell the worker of the end, or why there was no start."""
+        self.send_tails()
         self.send(
             ENDED,
             marshal.dumps(
                 {
                     "status": self.status,
                     "why": self.why,
-                    "failed": failed,
-                    "errno": errno,
-                    "found": found,
+                    "failure": None if failure is None else failure.args,
                     "stdout_bytes": self.total[STDOUT],
                     "stderr_bytes": self.total[STDERR],
+                    "result_bytes": self.total[RESULT],
                     "cpu_seconds": self.cpu_seconds,
                     "max_rss_bytes": self.max_rss_bytes,
                     "immortal": sorted(self.immortal),
@@ -472,17 +501,6 @@ class Supervisor:
             ),
         )
         self.command = 0
-
-
-def program(spec: dict[str, Any]) -> bytes | None:
-    """The file that argv[0] means in the command's PATH and directory, or None."""
-    name = spec["argv"][0] if spec["argv"] else b""
-    folders = [b""] if b"/" in name else [os.fsencode(folder) for folder in os.get_exec_path(spec["env"])]
-    for folder in folders if name else []:
-        path = os.path.join(spec["cwd"], folder, name)
-        if os.path.isfile(path):
-            return path
-    return None
 
 
 def children(pid: int) -> list[int]:

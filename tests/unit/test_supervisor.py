@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +35,9 @@ class Watched:
         self.started.set()
 
     def _on_output(self, fd: int, offset: int, data: bytes) -> None:
-        assert offset == len(self.output[fd])
-        self.output[fd] += data
+        gap = offset - len(self.output[fd])
+        assert gap >= 0
+        self.output[fd] += b"?" * gap + data
 
     def _on_ended(self, ended: Ended) -> None:
         self.ends.append(ended)
@@ -224,15 +224,44 @@ def test_output_is_byte_exact_and_the_streams_are_kept_apart(run):
     assert command.stdout == bytes(range(256)) * 999
     assert bytes(command.output[2]) == bytes(range(255, -1, -1))
     assert (ended.stdout_bytes, ended.stderr_bytes) == (256 * 999, 256)
-    assert not ended.stdout_truncated and not ended.stderr_truncated
+    assert not ended.truncated
 
 
-def test_output_beyond_the_limit_is_counted_and_dropped(run):
-    command = run(b"sh", b"-c", b"head -c 50000000 /dev/zero; echo end >&2", output_limit_bytes=100_001)
+def test_of_output_beyond_the_limit_the_start_and_the_end_are_kept(run):
+    script = b"seq 1 3000000; echo end >&2"
+    command = run(b"sh", b"-c", script, output_limit_bytes=100_002)
     ended = command.wait()
-    assert command.stdout == bytes(100_001)
-    assert (ended.stdout_bytes, ended.stdout_truncated) == (50_000_000, True)
-    assert (ended.stderr_bytes, ended.stderr_truncated) == (4, False)
+    whole = b"".join(b"%d\n" % number for number in range(1, 3_000_001))
+    assert command.stdout[:50_002] == whole[:50_002]
+    assert command.stdout[-25_000:] == whole[-25_000:]
+    assert command.stdout[50_002:-25_000] == b"?" * (len(whole) - 75_002)
+    assert bytes(command.output[2]) == b"end\n"
+    assert (ended.stdout_bytes, ended.stderr_bytes, ended.truncated) == (len(whole), 4, True)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 4, 7])
+def test_a_limit_may_be_tiny(run, limit):
+    command = run(b"printf", b"123456789", output_limit_bytes=limit)
+    ended = command.wait()
+    assert (ended.stdout_bytes, ended.truncated) == (9, True)
+    assert len(command.stdout.replace(b"?", b"")) == limit - limit // 4  # one stream has no use for the other's quarter
+
+
+def test_output_that_just_fits_is_whole(run):
+    command = run(b"sh", b"-c", b"head -c 1000 /dev/zero; head -c 1000 /dev/zero >&2", output_limit_bytes=4000)
+    ended = command.wait()
+    assert (command.stdout, bytes(command.output[2]), ended.truncated) == (bytes(1000), bytes(1000), False)
+
+
+def test_a_result_comes_back_through_its_own_descriptor(run):
+    command = run(b"sh", b"-c", b"echo out; printf result >&3", result_limit_bytes=6)
+    ended = command.wait()
+    assert (command.stdout, ended.result, ended.result_bytes) == (b"out\n", b"result", 6)
+
+
+def test_a_result_above_its_limit_is_counted_and_dropped(run):
+    ended = run(b"sh", b"-c", b"head -c 5000000 /dev/zero >&3", result_limit_bytes=100).wait()
+    assert (ended.exit_code, ended.result, ended.result_bytes) == (0, None, 5_000_000)
 
 
 def test_output_is_read_while_the_command_runs(run):
@@ -677,12 +706,7 @@ def test_both_ways_to_find_children_agree(run):
 
 
 def test_the_supervisor_needs_nothing_but_the_standard_library():
-    code = textwrap.dedent(
-        f"""
-        import runpy, sys
-        runpy.run_path({supervisor.__file__!r})
-        print(*[name for name in sys.modules if "aque" in name or "celery" in name])
-        """
-    )
-    done = subprocess.run([sys.executable, "-ISc", code], capture_output=True, check=True)
-    assert done.stdout.strip() == b""
+    code = supervisor.PROGRAM.replace("main()", "print(*[name for name in sys.modules if 'aque' in name])")
+    root = str(Path(supervisor.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-ISc", code, "", "", root], capture_output=True, check=True, text=True)
+    assert sorted(done.stdout.split()) == ["aque", "aque.launch", "aque.supervisor", "aque.version"]
