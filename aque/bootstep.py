@@ -59,13 +59,14 @@ class AqueWorker:
         self.ledger = Ledger(self.whole)
         self.eventer = EventQueue(worker.app, worker.hostname)
         self.heartbeat: Heartbeat | None = None
-        runner = Runner(worker.app, worker.hostname, worker.pool, commands, self.eventer, settings, self)
+        place = Place(socket.gethostname(), sys.platform, self.queues, self.whole, self.user, self.switches_user)
+        runner = Runner(worker.app, worker.hostname, worker.pool, commands, self.eventer, settings, place, self)
         self.scheduler = Scheduler(
             store,
             settings,
             self.register(),
             self.ledger,
-            Place(socket.gethostname(), sys.platform, self.queues, self.whole, self.user, self.switches_user),
+            place,
             runner.start,
             until=worker.app.conf.get("aque_until"),
             on_end=_end_worker,

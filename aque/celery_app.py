@@ -42,6 +42,7 @@ TASK_OPTIONS = (
     "requeue",
     "strict_lease",
     "interpreter",
+    "user",
     "layer",
 )
 #: Options that say what a call waits for.
@@ -249,7 +250,10 @@ def task(*args: Any, **options: Any) -> Any:
 def shell(
     argv: Sequence[str | bytes],
     *,
-    stdin: bytes | None = None,
+    stdin: bytes | str | os.PathLike[str] | None = None,
+    stdout: str | os.PathLike[str] | None = None,
+    stderr: str | os.PathLike[str] | None = None,
+    login: bool = False,
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
     depends_on: Any = (),
@@ -261,8 +265,10 @@ def shell(
 ) -> Handle:
     """Submit a command, executed without a shell: `aque.shell(["gzip", "file"], cpus=0.5)`.
 
-    `env` and `cwd` are this process's unless given. Its result is {"exit_code", "stdout", "truncated"}; `.get()` of one
-    that failed raises CommandFailed.
+    `env` and `cwd` are this process's unless given. `stdin` is bytes, stored with the task, or the path of a file; `stdout` and
+    `stderr` are paths, else what it writes is captured. Files are opened on the worker, as the task's user, below `cwd`.
+    `login` runs it in the user's login shell. Its result is {"exit_code", "stdout", "truncated"}; `.get()` of one that failed
+    raises CommandFailed.
     """
     if isinstance(argv, (str, bytes)):
         raise BadInput(f"argv must be a list of words, not one text: ['sh', '-c', {argv!r}] runs it in a shell.")
@@ -274,7 +280,18 @@ def shell(
     chosen = Options(**_known({**(hints or {}), **options}), dependencies=tuple(edges), **place)
     new = job.new_id() if job is not None else submitter.next_id()
     variables = None if env is None else {os.fsencode(k): os.fsencode(v) for k, v in env.items()}
-    spec = submitter.command(new, argv, chosen, stdin=stdin, cwd=cwd, env=variables)
+    stored = stdin if isinstance(stdin, (bytes, bytearray, memoryview, type(None))) else None
+    files = (None if isinstance(stdin, (bytes, bytearray, memoryview)) else stdin, stdout, stderr)
+    spec = submitter.command(
+        new,
+        argv,
+        chosen,
+        stdin=None if stored is None else bytes(stored),
+        redirections=submitter.redirections(*files),
+        login=login,
+        cwd=cwd,
+        env=variables,
+    )
     _submit(submitter, job, spec)
     return Handle(str(new), app=app, backend=_backend(app), task_name=spec.name)
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from heapq import merge
 
 from aque.resources import Capacity, CpuRequest, format_cpus
-from aque.values import Pattern, ReadyTask, Requirement
+from aque.values import ClaimedTask, Pattern, ReadyTask, Requirement
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,14 @@ class Place:
     switches_user: bool = False  #: it runs the tasks of other users as these
 
 
-def is_own(requirement: Requirement, place: Place) -> bool:
+def is_own(task: Requirement | ClaimedTask, place: Place) -> bool:
     """True if this worker runs such a task as itself."""
-    return not place.user or requirement.user in ("", place.user)
+    return not place.user or task.user in ("", place.user)
 
 
-def runs_in_pool(requirement: Requirement, place: Place) -> bool:
+def runs_in_pool(task: Requirement | ClaimedTask, place: Place) -> bool:
     """True for a Python task that a child of the worker's own pool runs: its own user's, under its own interpreter."""
-    return requirement.pattern is Pattern.PYTHON and not requirement.interpreter and is_own(requirement, place)
+    return task.pattern is Pattern.PYTHON and not task.interpreter and is_own(task, place)
 
 
 def need(requirement: Requirement, place: Place) -> Capacity:

@@ -25,6 +25,7 @@ from aque.errors import (
 )
 from aque.states import Reason, State
 from aque.store import StoredResult
+from aque.values import Pattern
 
 #: kombu's JSON has no types of its own.
 kombu_json: Any = _kombu_json
@@ -137,9 +138,9 @@ def exception(stored: StoredResult) -> Exception:
         return TaskKilled(f"{what} was killed by signal {stored.signal}.", *details)
     if stored.reason is Reason.WORKER_LOST:
         return TaskLost(f"{what} was given up: the workers that ran it died. {fields['message']}".strip(), *details)
-    if stored.reason is Reason.EXIT:
+    if stored.reason is Reason.EXIT and stored.pattern is Pattern.SHELL:
         return CommandFailed(f"{what} exited with status {stored.exit_code}.", *details)
-    if stored.reason is Reason.SIGNAL:
+    if stored.reason is Reason.SIGNAL and stored.pattern is Pattern.SHELL:
         return CommandFailed(f"{what} was ended by signal {stored.signal}.", *details)
     if stored.reason is Reason.EXCEPTION and (found := _loaded_exception(fields["type"])):
         try:
@@ -151,7 +152,16 @@ def exception(stored: StoredResult) -> Exception:
     return kind(f"{what} failed: {text or stored.reason or stored.state}", *details)
 
 
-_COMMAND_REASONS = frozenset({Reason.CANNOT_EXECUTE, Reason.NOT_FOUND, Reason.CANNOT_ENTER_CWD})
+_COMMAND_REASONS = frozenset(
+    {
+        Reason.CANNOT_EXECUTE,
+        Reason.NOT_FOUND,
+        Reason.CANNOT_ENTER_CWD,
+        Reason.CANNOT_BECOME_USER,
+        Reason.CANNOT_OPEN,
+        Reason.TIME_LIMIT,
+    }
+)
 
 
 def _loaded_exception(kind: str) -> type[Exception] | None:

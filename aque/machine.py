@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import resource
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,27 @@ def is_alive(pid: int, started: float) -> bool:
     """True if the process with this pid is the one that started then. Clock adjustments move the reading a little."""
     found = process_started(pid)
     return found is not None and abs(found - started) < 1.0
+
+
+def parse_rlimits(text: str) -> tuple[tuple[int, int, int], ...]:
+    """Resource, soft and hard limit of each part of `nofile=4096:8192,core=0,nproc=unlimited`. Raises BadSetting."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, amounts = part.partition("=")
+        number = getattr(resource, f"RLIMIT_{name.strip().upper()}", None)
+        soft, _, hard = amounts.partition(":")
+        try:
+            found.append((int(number), _amount(soft), _amount(hard or soft)))  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise BadSetting(
+                f"rlimits cannot be {text!r}, because of {part!r}: write names of the module `resource` and numbers, as in "
+                "nofile=4096:8192,core=0,nproc=unlimited."
+            ) from None
+    return tuple(found)
+
+
+def _amount(text: str) -> int:
+    return resource.RLIM_INFINITY if text.strip() == "unlimited" else int(text)
 
 
 def settings_here(celery_conf: Callable[[str], Any] | None = None, **given: Any) -> settings.Settings:

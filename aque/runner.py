@@ -6,9 +6,11 @@ Celery's own bookkeeping (`inspect active`, events, signals) sees every task of 
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 import psutil
@@ -19,8 +21,9 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as celery_state
 from celery.worker.request import Request
 
-from aque import child, codec
-from aque.commands import Command, CommandRunner, Ended
+from aque import child, codec, identity, machine, sandbox
+from aque.chooser import Place, is_own, runs_in_pool
+from aque.commands import Command, CommandRunner, Ended, OtherUser
 from aque.commands import Running as RunningCommand
 from aque.resources import format_cpus
 from aque.settings import Settings
@@ -40,6 +43,8 @@ _REASONS = {
     "cannot_execute": Reason.CANNOT_EXECUTE,
     "not_found": Reason.NOT_FOUND,
     "cannot_enter_cwd": Reason.CANNOT_ENTER_CWD,
+    "cannot_become_user": Reason.CANNOT_BECOME_USER,
+    "cannot_open": Reason.CANNOT_OPEN,
 }
 
 
@@ -109,6 +114,7 @@ class Attempt:
         self._began = time.monotonic()
         self._over = self._ending = False
         self._command: RunningCommand | None = None
+        self._next_byte = {1: 0, 2: 0}  #: of its output, by descriptor
         self.request = _Request(
             _Row(task),
             app=runner.app,
@@ -137,16 +143,40 @@ class Attempt:
 
     # -- a command ----------------------------------------------------------------------------------------------------
 
-    def start_command(self, environment: dict[bytes, bytes]) -> None:
+    def start_command(self, environment: dict[bytes, bytes], user: OtherUser | None) -> None:
         """Hand the command to a supervisor."""
+        task = self.task
+        files = (task.redirections.stdin, task.redirections.stdout, task.redirections.stderr)
+        self._supervise(
+            Command(task.argv, environment, task.cwd, task.stdin, redirections=files, login=task.login), user
+        )
+
+    def start_sandboxed(self, environment: dict[bytes, bytes], user: OtherUser | None) -> None:
+        """Hand the function to an interpreter of its own, under a supervisor."""
+        task, limit = self.task, self._runner.settings.result_limit_bytes
+        interpreter = os.fsencode(task.interpreter or sys.executable)
+        script_directory = task.import_path[0] if task.import_path else ""
+        asked = sandbox.request(task.function, task.arguments, task.results, script_directory, limit)
+        self._supervise(
+            Command(
+                (interpreter, b"-c", sandbox.PROGRAM.encode()),
+                environment,
+                task.cwd,
+                asked,
+                result_limit_bytes=2 * limit + sandbox.ANSWER_BYTES,  # a text within a text has its quotes escaped
+            ),
+            user,
+        )
+
+    def _supervise(self, command: Command, user: OtherUser | None) -> None:
         task, settings = self.task, self._runner.settings
         self._command = self._runner.commands.run(
-            Command(
-                argv=task.argv,
-                env=environment,
-                cwd=task.cwd,
-                stdin=task.stdin,
+            replace(
+                command,
+                user=user,
                 umask=task.umask,
+                no_new_privileges=settings.no_new_privileges,
+                rlimits=self._runner.rlimits,
                 output_limit_bytes=settings.output_limit_bytes,
                 time_limit_seconds=task.time_limit_seconds,
                 kill_grace_seconds=settings.kill_grace_seconds,
@@ -160,28 +190,53 @@ class Attempt:
         self.request.on_accepted(pid, time.monotonic())
 
     def _on_command_output(self, fd: int, offset: int, data: bytes) -> None:
+        self._mark_gap(fd, offset)
         self._runner.listener.wrote(self.task, fd, offset, data)
+        self._next_byte[fd] = offset + len(data)
+
+    def _mark_gap(self, fd: int, offset: int) -> None:
+        """Where bytes were dropped, a line in their place says so."""
+        if dropped := offset - self._next_byte[fd]:
+            mark = f"\n[aque: {dropped} bytes are cut out here]\n".encode()
+            self._runner.listener.wrote(self.task, fd, self._next_byte[fd], mark)
 
     def _on_command_ended(self, ended: Ended) -> None:
-        limit = self._runner.settings.output_limit_bytes
-        for fd, cut, total in (
-            (1, ended.stdout_truncated, ended.stdout_bytes),
-            (2, ended.stderr_truncated, ended.stderr_bytes),
-        ):
-            if cut:
-                mark = f"\n[aque: cut here, {limit} of {total} bytes kept]\n".encode()
-                self._runner.listener.wrote(self.task, fd, limit, mark)
+        self._mark_gap(1, ended.stdout_bytes)
+        self._mark_gap(2, ended.stderr_bytes)
         if ended.reason == "lost":
             self._end(State.READY, Reason.WORKER_LOST)
         elif self.killed is not None:
-            self._end(State.KILLED, Reason.REQUEST, ended.exit_code, ended.signal or self.killed)
+            self._end(State.KILLED, Reason.REQUEST, ended.exit_code, ended.signal or self.killed, cut=ended.truncated)
+        elif self.task.pattern is Pattern.PYTHON and ended.reason in ("exit", "signal"):
+            self._on_answer(ended)
         elif ended.reason == "exit" and ended.exit_code == 0:
-            self._end(State.SUCCESS, exit_code=0, shown="exit status 0")
+            self._end(State.SUCCESS, exit_code=0, shown="exit status 0", cut=ended.truncated)
         else:
             reason = _REASONS.get(ended.reason, Reason.EXIT)
             message = ended.message or f"exit status {ended.exit_code}"
             stored = None if reason in (Reason.EXIT, Reason.SIGNAL) else codec.encode_error("", message)
-            self._end(State.ERROR, reason, ended.exit_code, ended.signal, error=stored, shown=message)
+            self._end(
+                State.ERROR, reason, ended.exit_code, ended.signal, error=stored, shown=message, cut=ended.truncated
+            )
+
+    def _on_answer(self, ended: Ended) -> None:
+        """The interpreter of a function has ended by itself."""
+        try:
+            answer = sandbox.answer(ended.result or b"")
+        except ValueError:
+            how = ended.message or f"it exited with status {ended.exit_code}"
+            text = f"the interpreter gave no answer: {how}; what it wrote may say more."
+            reason = Reason.SIGNAL if ended.signal else Reason.EXIT
+            stored = codec.encode_error("", text)
+            self._end(State.ERROR, reason, ended.exit_code, ended.signal, error=stored, shown=text, cut=ended.truncated)
+            return
+        if not answer.reason:
+            self._end(
+                State.SUCCESS, value=answer.value, shown=answer.shown, seconds=answer.seconds, cut=ended.truncated
+            )
+        else:
+            stored = codec.encode_error(answer.error["type"], answer.error["message"], answer.error["traceback"])
+            self._end(State.ERROR, Reason(answer.reason), error=stored, seconds=answer.seconds, cut=ended.truncated)
 
     # -- a function ---------------------------------------------------------------------------------------------------
 
@@ -258,6 +313,10 @@ class Attempt:
         logger.error("task %s could not be started: %s", self.task.id, error)
         self._end(State.ERROR, Reason.EXCEPTION, error=_error(error))
 
+    def refuse(self, why: str) -> None:
+        """This worker must not start it."""
+        self._end(State.ERROR, Reason.CANNOT_BECOME_USER, error=codec.encode_error("", why), shown=why)
+
     def _end(
         self,
         state: State,
@@ -269,6 +328,7 @@ class Attempt:
         error: bytes | None = None,
         shown: str = "",
         seconds: float | None = None,
+        cut: bool = False,
     ) -> None:
         if self._over:  # a time limit is reported twice: when it is over, and when the child is gone
             return
@@ -277,7 +337,7 @@ class Attempt:
         ran = now - self._began if seconds is None else seconds
         celery_state.task_ready(self.request, successful=state is State.SUCCESS)
         outcome = Outcome(
-            task.id, task.attempt, task.token, state, reason, exit_code, signal, ran, value, error, ended=now
+            task.id, task.attempt, task.token, state, reason, exit_code, signal, ran, value, error, cut, now
         )
         self._runner.listener.finished(outcome)
         if self._runner.eventer.enabled:
@@ -309,6 +369,7 @@ class Runner:
         commands: CommandRunner,
         eventer: Any,
         settings: Settings,
+        place: Place,
         listener: Listener,
     ) -> None:
         self.app = app
@@ -317,7 +378,9 @@ class Runner:
         self.commands = commands
         self.eventer = eventer
         self.settings = settings
+        self.place = place
         self.listener = listener
+        self.rlimits = machine.parse_rlimits(settings.rlimits)
         #: Celery's Request wants a task object; what it is asked for (events on, no late acknowledgement) is the same for all.
         self.proxy_task = app.tasks["celery.backend_cleanup"]
 
@@ -342,15 +405,27 @@ class Runner:
                     expires=None,
                 )
             variables = self._variables(task, format_cpus(cpus))
-            if task.pattern is Pattern.SHELL:
-                environment = dict(pair.split(b"=", 1) for pair in task.environment.split(b"\0") if b"=" in pair)
-                environment.update((name.encode(), value.encode()) for name, value in variables.items())
-                attempt.start_command(environment)
-            else:
+            if why := identity.refusal(task, self.place, self.settings):
+                attempt.refuse(why)
+            elif runs_in_pool(task, self.place):
                 attempt.start_function(variables)
+            else:
+                user, environment = self._other_user(task, variables)
+                start = attempt.start_command if task.pattern is Pattern.SHELL else attempt.start_sandboxed
+                start(environment, user)
         except Exception as error:
             attempt.fail(error)
         return attempt
+
+    def _other_user(self, task: ClaimedTask, variables: dict[str, str]) -> tuple[OtherUser | None, dict[bytes, bytes]]:
+        """The user that a task's process becomes (None: none), and its environment."""
+        settings = self.settings
+        if is_own(task, self.place):
+            return None, identity.environment(task.environment, variables)
+        environment = identity.environment(
+            task.environment, variables, allow=settings.environment_allow, deny=settings.environment_deny
+        )
+        return OtherUser(task.user, settings.min_uid, settings.allow_root_tasks), environment
 
     def _variables(self, task: ClaimedTask, cpus: str) -> dict[str, str]:
         variables = {
@@ -358,7 +433,7 @@ class Runner:
             "AQUE_TID": str(task.id),
             "AQUE_ATTEMPT": str(task.attempt),
             "AQUE_CPUS": cpus,
-            "AQUE_BROKER": self.settings.to_url(),
+            "AQUE_BROKER": self.settings.to_url() if is_own(task, self.place) else self.settings.to_url_of_others(),
         }
         if task.parent_id is not None:
             variables["AQUE_PARENT_ID"] = str(task.parent_id)

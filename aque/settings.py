@@ -88,6 +88,14 @@ class Settings:
         """True for a store that several users reach (PostgreSQL)."""
         return self.broker.startswith("postgres")
 
+    def to_url_of_others(self) -> str:
+        """The same without user and password: other users have their own, which libpq finds."""
+        if not self.is_shared:
+            return self.to_url()
+        scheme, _, rest = self.broker.partition("://")
+        where, slash, name = rest.partition("/")
+        return f"{scheme}://{where.rpartition('@')[2]}{slash}{name.partition('?')[0]}"
+
     def to_url(self) -> str:
         """The URL that makes another process, handed it as AQUE_BROKER, use the same farm."""
         return self.broker or self.store_url

@@ -47,6 +47,7 @@ class Options:
     requeue: bool = True  #: False: if its worker dies, it is not run again
     strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
     interpreter: str = ""  #: of a Python task: a program such as /usr/bin/python3
+    user: str = ""  #: whose process it becomes; empty: the submitter's. Only root may name another
     layer: str = ""
     dependencies: tuple[Dependency, ...] = ()
     job_id: int | None = None
@@ -154,6 +155,11 @@ class Submitter:
             environment=_environment(os.environb if env is None else env),
         )
 
+    def redirections(self, stdin: Any = None, stdout: Any = None, stderr: Any = None) -> Redirections:
+        """Paths in place of a command's streams; None: no file."""
+        named = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+        return Redirections(**{what: None if path is None else _path(what, path) for what, path in named.items()})
+
     def function(
         self, task_id: int, function: str, name: str, arguments: bytes, inputs: Sequence[int], options: Options
     ) -> TaskSpec:
@@ -191,7 +197,7 @@ class Submitter:
             options.memory,
             options.host,
             options.platform,
-            self._user,
+            self._user_of(options),
             options.interpreter,
         )
         try:
@@ -219,6 +225,14 @@ class Submitter:
             celery_id=options.celery_id,
             **fields,
         )
+
+    def _user_of(self, options: Options) -> str:
+        if options.user and options.user != self._user and os.geteuid() != 0:
+            raise BadInput(
+                f"only root can submit tasks of another user, {options.user!r}; this process is of {self._user}. Nothing was "
+                "submitted."
+            )
+        return _text("user", options.user) or self._user
 
     def _parent(self) -> int | None:
         """The task that this process is part of, if it belongs to the same farm."""

@@ -68,6 +68,7 @@ class AqueSide:
             environment = {
                 **os.environ,
                 "AQUE_BROKER": url,
+                "AQUE_ALLOW_ROOT_TASKS": "1",
                 "AQUE_STATE_DIR": str(self.directory),
                 "AQUE_CPUS": "2",  # as many slots as the peer's worker has, also for commands
             }

@@ -23,6 +23,9 @@ from aque.values import TaskSpec
 
 @click.command(name="call", context_settings={"allow_interspersed_args": False})
 @task_options
+@click.option(
+    "--interpreter", metavar="FILE", default="", help="Run it under this Python (3.6 or newer), not the worker's."
+)
 @click.option("--wait", is_flag=True, help="Wait, and print the result as JSON.")
 @click.argument("function", metavar="MODULE:FUNCTION")
 @click.argument("words", metavar="[JSON...]", nargs=-1, type=click.UNPROCESSED)
@@ -37,14 +40,21 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
     aque call --wait shutil:disk_usage '"/tmp"'
     aque call report:build '{"title": "May", "pages": [1, 2]}'
     aque call --cpus all --after @last simulate:run '[1000, 0.5]'
+    aque call --interpreter /opt/tool/bin/python tool.render:frame 7
     """
-    qualified = _check_function(function)
+    module_name, colon, path = function.partition(":")
+    if not colon or not module_name or not path:
+        raise BadInput(
+            f"{function!r} is not MODULE:FUNCTION: write for example os.path:getsize. Nothing was submitted."
+        )
+    if not chosen["interpreter"]:  # another one may have modules that are not here
+        _check_function(function)
     arguments = _encode(*_arguments(words))
     with open_farm() as farm:
         submitter = Submitter(farm.store, farm.settings)
         options = read(farm, chosen)
         (task_id,) = submitter.reserve(1)
-        spec = submitter.function(task_id, qualified, qualified.replace(":", "."), arguments, [], options)
+        spec = submitter.function(task_id, function, function.replace(":", "."), arguments, [], options)
         state = submitter.submit([spec])[task_id]
         waits = chosen["wait"] or chosen["local"]
         print_id(spec, state, chosen["as_json"], waits)
@@ -66,11 +76,9 @@ def _wait(farm: Farm, spec: TaskSpec, local: bool) -> int:
     return exit_status(end)
 
 
-def _check_function(text: str) -> str:
-    """The text, if it names something that can be imported and called here. Raises BadInput or NotSubmittable."""
-    module_name, colon, path = text.partition(":")
-    if not colon or not module_name or not path:
-        raise BadInput(f"{text!r} is not MODULE:FUNCTION: write for example os.path:getsize. Nothing was submitted.")
+def _check_function(text: str) -> None:
+    """Raise NotSubmittable unless the text names something that can be imported and called here."""
+    module_name, _, path = text.partition(":")
     # First, and also for the task: a worker that is started here finds the same.
     sys.path.insert(0, os.getcwd())
     try:
@@ -92,7 +100,6 @@ def _check_function(text: str) -> str:
             raise NotSubmittable(f"{module_name} has no function {path!r}. Nothing was submitted.") from None
     if not callable(found):
         raise NotSubmittable(f"{text} is of type {type(found).__name__}, not a function. Nothing was submitted.")
-    return text
 
 
 def _arguments(words: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:

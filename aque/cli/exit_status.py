@@ -64,7 +64,7 @@ def stop_status(end: StoredResult) -> int:
 def sentence(end: StoredResult) -> str | None:
     """Why the task did not succeed, for people; None if it did, or if it is a command that has said so itself."""
     said = ""
-    if end.state is State.SUCCESS or (end.state is State.ERROR and end.reason is Reason.EXIT):
+    if end.state is State.SUCCESS or (end.reason is Reason.EXIT and end.error is None):
         return None
     if end.state is State.CANCELLED:
         said = "was cancelled before it ran"
@@ -72,7 +72,7 @@ def sentence(end: StoredResult) -> str | None:
         said = "was skipped: what it depends on did not end as it needs"
     elif end.state is State.KILLED:
         said = f"was killed{_by(end.signal)}"
-    elif end.reason is Reason.SIGNAL:
+    elif end.reason is Reason.SIGNAL and end.error is None:
         said = f"was ended{_by(end.signal)}"
     elif end.reason is Reason.TIME_LIMIT:
         said = "was ended by its time limit"

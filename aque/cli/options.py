@@ -48,6 +48,7 @@ _WHAT = [
         "--duration", metavar="TIME", default="0", callback=in_seconds, help="Expected run time: 90s 5m 2h 1d."
     ),
     click.option("--time-limit", metavar="TIME", callback=in_seconds, help="End it after this time."),
+    click.option("--user", metavar="NAME", default="", help="Run it as this user; only root can name another."),
     click.option("--max-attempts", metavar="N", type=int, default=1, help="Try it so often if it fails (default 1)."),
 ]
 _CPUS = click.option(
@@ -97,6 +98,8 @@ def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
         duration=chosen["duration"],
         io_paths=chosen["io"],
         time_limit=chosen["time_limit"],
+        user=chosen["user"],
+        interpreter=chosen.get("interpreter", ""),
         max_attempts=chosen["max_attempts"],
         dependencies=tuple(Dependency(upstream, condition) for upstream, condition in dependencies.items()),
     )

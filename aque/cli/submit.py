@@ -23,7 +23,12 @@ _FOR_A_SHELL = frozenset(" \t\n|<>;&")
 @click.command(name="submit", context_settings={"allow_interspersed_args": False})
 @task_options
 @click.option("--cwd", metavar="DIR", help="Run it in this directory; else in the current one.")
-@click.option("--stdin", metavar="FILE", help="Its standard input, read now (`-`: ours); else it has none.")
+@click.option("--stdin", metavar="FILE", help="Its input: a file there, or `-`: ours, read now and stored; else none.")
+@click.option(
+    "--stdout", metavar="FILE", help="Write its output to this file there, emptied first; else it is captured."
+)
+@click.option("--stderr", metavar="FILE", help="The same for its error output.")
+@click.option("--login", is_flag=True, help="Run it in a login shell, which reads the user's profile.")
 @click.option("--shell", metavar="SCRIPT", help="Run a script of /bin/sh; the words that follow are its $1, $2, ...")
 @click.option("--wait", is_flag=True, help="Wait, then print what it wrote and exit as it did.")
 @click.option("--watch", is_flag=True, help="As --wait, and print what it writes as it comes.")
@@ -45,10 +50,14 @@ def command(words: tuple[str, ...], **chosen: Any) -> int:
     with open_farm() as farm:
         submitter = Submitter(farm.store, farm.settings)
         options = read(farm, chosen)
-        stdin = _stdin(chosen["stdin"], farm.settings.stdin_limit_bytes)
+        is_ours = chosen["stdin"] == "-"
+        stdin = sys.stdin.buffer.read(farm.settings.stdin_limit_bytes + 1) if is_ours else None
+        files = submitter.redirections(None if is_ours else chosen["stdin"], chosen["stdout"], chosen["stderr"])
         (task_id,) = submitter.reserve(1)
         cwd = os.path.abspath(chosen["cwd"]) if chosen["cwd"] else None
-        spec = submitter.command(task_id, argv, options, stdin=stdin, cwd=cwd)
+        spec = submitter.command(
+            task_id, argv, options, stdin=stdin, redirections=files, login=chosen["login"], cwd=cwd
+        )
         states = submitter.submit([spec])
         if not (chosen["wait"] or chosen["watch"] or chosen["local"]):
             print_id(spec, states[task_id], chosen["as_json"], waits=False)
@@ -92,16 +101,3 @@ def _argv(words: tuple[str, ...], script: str | None) -> list[str]:
             "command one by one, or a script with --shell."
         )
     return list(words)
-
-
-def _stdin(path: str | None, limit: int) -> bytes | None:
-    """One byte more than allowed at most: enough to be refused."""
-    if path is None:
-        return None
-    if path == "-":
-        return sys.stdin.buffer.read(limit + 1)
-    try:
-        with open(path, "rb") as file:
-            return file.read(limit + 1)
-    except OSError as error:
-        raise BadInput(f"cannot read --stdin {path}: {error.strerror}. Nothing was submitted.") from error

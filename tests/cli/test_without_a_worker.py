@@ -77,7 +77,6 @@ def test_one_word_that_a_shell_would_take_apart_is_refused(aque):
         (["--after", "x"], "'x' is not a task id"),
         (["--after", "@last"], "has not submitted a task yet"),
         (["--after", "9-3"], "'9-3' is not a task id"),
-        (["--stdin", "/does/not/exist"], "cannot read --stdin /does/not/exist"),
         (["--bogus"], "no such option '--bogus'"),
     ],
 )

@@ -42,6 +42,7 @@ SETTINGS = {
     "poll_seconds": 0.5,
     "kill_grace_seconds": 0.5,
     "drain_seconds": 5,
+    "allow_root_tasks": True,
 }
 
 

@@ -1,0 +1,38 @@
+"""As whom a task runs on a worker, and with which environment. Pure."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from aque.chooser import Place, is_own
+from aque.settings import Settings
+from aque.values import ClaimedTask
+
+
+def refusal(task: ClaimedTask, place: Place, settings: Settings) -> str | None:
+    """Why this worker must not run a task of its own user as itself, as a sentence; None if it may.
+
+    Only root is refused, and only in a store that others can write: who can write a row there would be root here.
+    """
+    if place.switches_user and is_own(task, place) and not settings.allow_root_tasks:
+        return (
+            f"the task is of {place.user}, and this worker runs as {place.user}: tasks of root are refused in a store that "
+            "others can write. Nothing was started: submit it as another user, or set allow_root_tasks on the worker."
+        )
+    return None
+
+
+def environment(submitted: bytes, own: Mapping[str, str], *, allow: str = "*", deny: str = "") -> dict[bytes, bytes]:
+    """The variables of a command: those that were submitted (NAME=VALUE, each ended by NUL) whose names match one of the globs
+    `allow` and none of `deny` (with commas), and then the task's `own`."""
+    pairs = (pair.partition(b"=") for pair in submitted.split(b"\0") if b"=" in pair)
+    allowed, denied = _globs(allow), _globs(deny)
+    kept = {name: value for name, _, value in pairs if _matches(name, allowed) and not _matches(name, denied)}
+    return kept | {name.encode(): value.encode() for name, value in own.items()}
+
+
+def _globs(text: str) -> list[str]:
+    return [glob.strip() for glob in text.split(",") if glob.strip()]
+
+
+def _matches(name: bytes, globs: list[str]) -> bool:
+    return any(fnmatchcase(name.decode(errors="surrogateescape"), glob) for glob in globs)
