@@ -20,13 +20,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 import aque
 from aque import supervisor
 from tests.faults import tree
 from tests.servers import wait_until
-from tests.worker.farm import LIMIT_SECONDS, SETTINGS, Farm, Worker
+from tests.worker.farm import LIMIT_SECONDS, SETTINGS, Farm, Worker, processes_named
 
 #: After the grace, for everything to be gone: much more than it takes.
 PATIENCE_SECONDS = 10.0
@@ -78,13 +76,8 @@ class Tree:
             self.task = tree.grow.apply_async(words, cpus=0.5, time_limit=time_limit)
 
     def living(self) -> set[int]:
-        """The processes of the tree; zombies have no command line."""
-        found = set()
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):
-                if self.mark.encode() in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0"):
-                    found.add(process.pid)
-        return found
+        """The processes of the tree."""
+        return {process.pid for process in processes_named(self.mark)}
 
     def records(self) -> list[list[str]]:
         """Of each attempt: its number, its pid, and how it found the locks of those before."""
@@ -143,7 +136,7 @@ class Trees:
         )
         for started in self.farm.workers:
             if started.running():
-                started.stop()
+                started.end()
         return result
 
 
