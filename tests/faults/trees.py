@@ -65,15 +65,15 @@ HEADER = f"{'what was done':<28} {'task':<9} {'survivors':>9} {'seconds':>8} {'s
 class Tree:
     """A task with its five processes, found by a word of their command lines: a number of seconds that nobody else sleeps."""
 
-    def __init__(self, directory: Path, kind: str, time_limit: float | None = None, ends: bool = False) -> None:
+    def __init__(self, directory: Path, kind: str, *, ends: bool = False, **options: object) -> None:
         self.mark = f"9{random.randrange(10**6)}.{random.randrange(1, 10**6)}"
         self.directory = Path(tempfile.mkdtemp(dir=directory))
         self.kind = kind
         words = [str(self.directory), self.mark, "ends" if ends else "stays"]
         if kind == "command":
-            self.task = aque.shell(["sh", "-c", tree.COMMAND, "tree", *words], cpus=0.5, time_limit=time_limit)
+            self.task = aque.shell(["sh", "-c", tree.COMMAND, "tree", *words], cpus=0.5, **options)
         else:
-            self.task = tree.grow.apply_async(words, cpus=0.5, time_limit=time_limit)
+            self.task = tree.grow.apply_async(words, cpus=0.5, **options)
 
     def living(self) -> set[int]:
         """The processes of the tree."""
