@@ -23,6 +23,7 @@ from celery.worker.control import Panel
 from aque import control, machine
 from aque.chooser import Place
 from aque.commands import CommandRunner
+from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting, UnknownTask
 from aque.events import EventQueue
 from aque.farm import settings_of
@@ -34,6 +35,7 @@ from aque.runner import Runner
 from aque.scheduler import Scheduler
 from aque.settings import Settings
 from aque.store import Store, open_store
+from aque.supervisor import lease_clock
 from aque.values import WorkerInfo
 from aque.version import __version__
 
@@ -46,10 +48,13 @@ FREE_COMMANDS_PER_CPU = 16
 class AqueWorker:
     """What Aque adds to one Celery worker, from start to stop."""
 
-    def __init__(self, worker: Any, settings: Settings, store: Store, commands: CommandRunner) -> None:
+    def __init__(
+        self, worker: Any, settings: Settings, store: Store, commands: CommandRunner, strangers: Strangers | None
+    ) -> None:
         self.settings = settings
         self.store = store
         self.commands = commands
+        self.strangers = strangers
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
         self.whole = _whole(settings, worker.pool)
@@ -60,7 +65,19 @@ class AqueWorker:
         self.eventer = EventQueue(worker.app, worker.hostname)
         self.heartbeat: Heartbeat | None = None
         place = Place(socket.gethostname(), sys.platform, self.queues, self.whole, self.user, self.switches_user)
-        runner = Runner(worker.app, worker.hostname, worker.pool, commands, self.eventer, settings, place, self)
+        if strangers is not None:
+            worker.pool.tell_children(commands.watch, strangers.watch)
+        self.runner = runner = Runner(
+            worker.app,
+            worker.hostname,
+            worker.pool,
+            commands,
+            self.eventer,
+            settings,
+            place,
+            self,
+            (lambda: None) if strangers is None else strangers.end,
+        )
         self.scheduler = Scheduler(
             store,
             settings,
@@ -78,7 +95,13 @@ class AqueWorker:
     def start(self, worker_id: int) -> None:
         """Claim and run from now on."""
         self.heartbeat = Heartbeat(
-            self.store, worker_id, self.settings.lease_seconds, self.settings.max_lost, self.lost
+            self.store,
+            worker_id,
+            self.settings.lease_seconds,
+            self.settings.max_lost,
+            self.lost,
+            self.runner.renew,
+            (lambda: None) if self.strangers is None else self.strangers.look,
         )
         self.eventer.start()
         self.scheduler.start()
@@ -87,6 +110,7 @@ class AqueWorker:
     def register(self) -> int:
         """A new incarnation of this worker in the table; its id."""
         pid = os.getpid()
+        before = lease_clock()
         with self.store.begin() as connection:
             same = [
                 row for row in self.store.live_workers(connection) if row.info.name == self.hostname and row.is_live
@@ -121,6 +145,7 @@ class AqueWorker:
                 ),
             )
         self.worker_id = worker_id
+        self.runner.lease_until = before + self.settings.lease_seconds
         return worker_id
 
     def lost(self) -> int:
@@ -200,7 +225,8 @@ class WorkerStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         settings = settings_of(worker.app)
-        worker.aque = AqueWorker(worker, settings, open_store(settings), worker.aque_commands)
+        store = open_store(settings)
+        worker.aque = AqueWorker(worker, settings, store, worker.aque_commands, worker.aque_strangers)
         worker.aque.start(worker.aque.worker_id)
         # Celery closes the pool before it stops this step, and a closed pool silently drops what it is given: let it be
         # closed when it is stopped, which is after the drain.
@@ -292,6 +318,7 @@ def _prepare(sender: Any, **_: Any) -> None:
         sender.pool_putlocks = False
     sender.aque_commands = CommandRunner()
     sender.aque_commands.start()
+    sender.aque_strangers = Strangers(sender.aque_commands.pids) if sender.pool_cls is TaskPool else None
 
 
 _celery_revoke = Panel.data["revoke"]

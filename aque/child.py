@@ -15,7 +15,7 @@ from celery import Celery, Task, current_app
 from celery.app.trace import build_tracer
 from celery.local import Proxy
 
-from aque import codec
+from aque import codec, contain
 from aque.states import Reason
 
 #: (True, encoded result or None, its repr for events, seconds), or (False, reason, encoded error, seconds).
@@ -72,12 +72,18 @@ def run(
     variables: Mapping[str, str],
     import_path: tuple[str, ...],
     result_limit_bytes: int,
+    kill_grace_seconds: float,
 ) -> ChildResult:
-    """Run one attempt; never raises for anything that the task did."""
+    """Run one attempt; never raises for anything that the task did. No process of the attempt outlives it: a signal that
+    ends this child reached the others too, and leaves them the grace."""
     os.environ.update(variables)
+    before, grace_seconds = contain.present(), kill_grace_seconds
     try:
-        return _run(function, uuid, request, arguments, results, import_path, result_limit_bytes)
+        result = _run(function, uuid, request, arguments, results, import_path, result_limit_bytes)
+        grace_seconds = 0.0
+        return result
     finally:
+        contain.leave_nothing(before, grace_seconds)
         for name in variables:
             if name != "AQUE_BROKER":  # the others are this task's alone
                 os.environ.pop(name, None)

@@ -32,6 +32,7 @@ Reason = Literal[
     "cannot_enter_cwd",
     "cannot_become_user",
     "cannot_open",
+    "lease",
     "lost",
 ]
 
@@ -44,6 +45,8 @@ SERVER_STARTS = 3
 #: grace of a kill, the supervisor is given up: it waits in the kernel as well, and reads nothing.
 START_SECONDS = 2.0
 RECEIVE_BYTES = 1 << 18
+#: The server says when a supervisor that died has left nothing behind; if it does not, the command's end is told after this.
+GONE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,18 @@ class Command:
     #: It writes a result of at most so many bytes to descriptor 3; None: it has no such descriptor.
     result_limit_bytes: int | None = None
     time_limit_seconds: float | None = None
+    #: After this time the tree gets SIGTERM, and how the command ends is up to it.
+    soft_time_limit_seconds: float | None = None
+    #: A moment of `supervisor.lease_clock`: unless `Running.renew` names a later one, nothing of the command lives then.
+    lease_until: float | None = None
     #: Between the SIGTERM of a time limit and SIGKILL.
     kill_grace_seconds: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended. By then nothing of its tree lives, except for `lost`, where the server is killing it."""
+    """How a command ended. By then nothing of its tree lives, except for `lost` if the server is gone as well as the
+    supervisor: then what it ran is the worker's to kill."""
 
     #: Why it ended. A command that exits by itself after a kill is `killed`, and its exit code says how it took it.
     reason: Reason
@@ -167,21 +175,27 @@ class Running:
         """Signal the whole tree, and SIGKILL what is left of it after the grace. A later call can shorten the grace."""
         self._runner._tell(self, supervisor.KILL, supervisor.KILLING.pack(number, grace_seconds))
 
+    def renew(self, until: float) -> None:
+        """Let a command with a lease run until this moment of `supervisor.lease_clock`."""
+        self._runner._tell(self, supervisor.LEASE, supervisor.MOMENT.pack(until))
+
 
 class _Channel:
     """The worker's end of one supervisor."""
 
-    __slots__ = ("broken", "idle_since", "incoming", "outgoing", "pid", "running", "sock")
+    __slots__ = ("broken", "control", "gone", "idle_since", "incoming", "outgoing", "pid", "running", "sock")
 
-    def __init__(self, sock: socket.socket, pid: int) -> None:
+    def __init__(self, sock: socket.socket, pid: int, control: socket.socket) -> None:
         self.sock = sock
         self.pid = pid
+        self.control = control  #: of the server that forked it
         self.incoming = b""
         #: What the socket did not take; the thread sends it.
         self.outgoing: deque[memoryview] = deque()
         self.running: Running | None = None
         self.idle_since = 0.0
         self.broken = ""
+        self.gone = False  #: the server has said so
 
     def send(self, *parts: bytes) -> bool:
         """Queue and send what the socket takes; true if the thread has to send the rest."""
@@ -232,6 +246,10 @@ class CommandRunner:
         #: The last used is used next, so that the others can go.
         self._idle: list[_Channel] = []
         self._waiting: deque[Running] = deque()
+        #: Commands whose supervisors died, by the supervisor's pid: when their ends are told at the latest, and the channel.
+        self._lost: dict[int, tuple[float, Running, _Channel]] = {}
+        #: Processes of the worker's pool, for the server to end if the worker dies.
+        self._pool: set[int] = set()
         #: Commands that were killed before they had started, and when to look whether they still have not.
         self._starting: list[tuple[float, Running]] = []
         #: Work for the thread: unsent channels, and ends without a supervisor.
@@ -249,6 +267,19 @@ class CommandRunner:
             self._ask(WARM)
         self._thread = threading.Thread(target=self._loop, name="aque-commands", daemon=True)
         self._thread.start()
+
+    def watch(self, pid: int) -> None:
+        """Have the server end this process of the worker's pool, with all that it started, should the worker die."""
+        with self._lock:
+            self._pool.add(pid)
+            if self._control is not None:
+                self._order(supervisor.WATCH, pid)
+
+    def pids(self) -> set[int]:
+        """The server and the supervisors."""
+        with self._lock:
+            server = set() if self._server is None else {self._server.pid}
+            return server | {channel.pid for channel in self._channels} | self._lost.keys()
 
     def run(self, command: Command, on_started: OnStarted, on_output: OnOutput, on_ended: OnEnded) -> Running:
         """Start a command, soon; from any thread. What prevents its start is told to `on_ended`, not raised."""
@@ -287,7 +318,7 @@ class CommandRunner:
         with self._lock:
             self._post(self._close)
         self._thread.join(max(0.1, deadline - time.monotonic()))
-        if self._server is not None:
+        if self._server is not None and not self._pool:  # else it stays for as long as the pool does
             try:
                 self._server.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -297,7 +328,8 @@ class CommandRunner:
     # Below: with the lock held
 
     def _is_quiet(self) -> bool:
-        return not self._waiting and not self._posted and all(channel.running is None for channel in self._channels)
+        busy = self._waiting or self._posted or self._lost
+        return not busy and all(channel.running is None for channel in self._channels)
 
     def _start_server(self) -> None:
         self._starts += 1
@@ -318,18 +350,25 @@ class CommandRunner:
                 start_new_session=True,  # Ctrl-C is for the worker, which then decides
             )
         self._control = ours
+        self._pool = {pid for pid in self._pool if not supervisor.is_over(pid)}
+        for pid in self._pool:
+            self._order(supervisor.WATCH, pid)
         self._post(lambda: self._selector.register(ours, selectors.EVENT_READ, lambda _events: self._on_control()))
 
     def _ask(self, wanted: int) -> None:
         """Have `wanted` supervisors on their way."""
         if self._control is None:
             self._post(self._revive)
-        elif wanted > self._asked:
-            try:
-                self._control.send(supervisor.ORDER.pack(supervisor.FORK, wanted - self._asked))
-                self._asked = wanted
-            except OSError:
-                pass  # full: asked again with the next answer; or gone: with the next start of the server
+        elif wanted > self._asked and self._order(supervisor.FORK, wanted - self._asked):
+            self._asked = wanted  # else it is full: asked again with the next answer; or gone: with the next server
+
+    def _order(self, kind: bytes, number: int) -> bool:
+        assert self._control is not None
+        try:
+            self._control.send(supervisor.ORDER.pack(kind, number))
+        except OSError:
+            return False
+        return True
 
     def _assign(self, channel: _Channel) -> None:
         """Give the channel the next command; without one, keep it for later."""
@@ -403,20 +442,24 @@ class CommandRunner:
         """End supervisors that are idle for long, and those that hang; return the seconds until there is more to do."""
         now = time.monotonic()
         expired: list[_Channel] = []
+        given_up: list[int] = []
         with self._lock:
+            given_up = [pid for pid, (due, _, _) in self._lost.items() if due <= now]
             for due, running in [late for late in self._starting if late[0] <= now]:
                 self._starting.remove((due, running))
                 if running.pid is None and not running._done and running._channel and self._control:
-                    with suppress(OSError):
-                        self._control.send(supervisor.ORDER.pack(supervisor.ABANDON, running._channel.pid))
+                    self._order(supervisor.ABANDON, running._channel.pid)
             while len(self._idle) > WARM and self._idle[0].idle_since + IDLE_SECONDS <= now:
                 expired.append(self._idle[0])
                 self._release(self._idle[0])
             due_times = [due for due, _ in self._starting]
+            due_times += [due for pid, (due, _, _) in self._lost.items() if pid not in given_up]
             if len(self._idle) > WARM:
                 due_times.append(self._idle[0].idle_since + IDLE_SECONDS)
         for channel in expired:
             self._disconnect(channel)
+        for pid in given_up:
+            self._tell_lost(pid)
         return min(max(0.0, min(due_times) - now), supervisor.LONGEST_WAIT_SECONDS) if due_times else None
 
     def _watch(self, channel: _Channel, events: int) -> None:
@@ -434,7 +477,7 @@ class CommandRunner:
         control = self._control
         while control is not None:
             try:
-                message, fds, _, _ = socket.recv_fds(control, supervisor.NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
+                message, fds, _, _ = socket.recv_fds(control, supervisor.ORDER.size, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
             except OSError:
@@ -442,6 +485,9 @@ class CommandRunner:
             if not message:
                 self._on_server_lost(control)
                 return
+            if len(message) == supervisor.ORDER.size:
+                self._on_gone(supervisor.ORDER.unpack(message)[1])
+                continue
             (pid,) = supervisor.NUMBER.unpack(message)
             refused: Running | None = None
             with self._lock:
@@ -450,7 +496,7 @@ class CommandRunner:
                 if fds:
                     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fds[0])
                     sock.setblocking(False)
-                    channel = _Channel(sock, pid)
+                    channel = _Channel(sock, pid, control)
                     self._channels.add(channel)
                     self._selector.register(sock, selectors.EVENT_READ)
                     self._watch(channel, selectors.EVENT_READ)
@@ -469,6 +515,20 @@ class CommandRunner:
         message = f"{_name(running.command)} was not started: there is no supervisor for it ({why})."
         self._call(running.on_ended, Ended("cannot_execute", message, errno=code))
 
+    def _on_gone(self, pid: int) -> None:
+        """A supervisor has ended, and nothing lives of what it ran."""
+        with self._lock:
+            for channel in self._channels:
+                channel.gone = channel.gone or channel.pid == pid
+        self._tell_lost(pid)
+
+    def _tell_lost(self, pid: int) -> None:
+        with self._changed:
+            found = self._lost.pop(pid, None)
+            self._changed.notify_all()
+        if found is not None:
+            self._call(found[1].on_ended, _lost(found[1], found[2]))
+
     def _on_server_lost(self, control: socket.socket) -> None:
         """Supervisors go on without their server; new ones need a new one."""
         logger.error("the supervisors' server died; running commands go on, the next one starts another server.")
@@ -477,6 +537,8 @@ class CommandRunner:
         if self._server is not None:
             self._server.kill()
             self._server.wait()
+        for pid in list(self._lost):
+            self._tell_lost(pid)
         with self._lock:
             self._control = None
             given_up = self._starts >= SERVER_STARTS
@@ -487,10 +549,10 @@ class CommandRunner:
             self._revive()
 
     def _revive(self) -> None:
-        """Start another server, if somebody waits for it."""
+        """Start another server, if somebody waits for it or there is a pool to end with the worker."""
         try:
             with self._lock:
-                if self._control is None and self._waiting:
+                if self._control is None and (self._waiting or self._pool):
                     self._start_server()
                     self._ask(len(self._waiting))
         except OSError as error:
@@ -572,10 +634,12 @@ class CommandRunner:
     def _on_supervisor_lost(self, channel: _Channel) -> None:
         with self._changed:
             running = self._release(channel)
+            if running is not None:
+                unheard = not channel.gone and channel.control is self._control and not self._stopping
+                seconds = GONE_SECONDS if unheard else 0.0
+                self._lost[channel.pid] = (time.monotonic() + seconds, running, channel)
             self._changed.notify_all()
         self._disconnect(channel)
-        if running is not None:
-            self._call(running.on_ended, _lost(running, channel))
 
     def _call(self, callback: Callable[..., None], *args: object) -> None:
         try:
@@ -586,6 +650,8 @@ class CommandRunner:
     def _close(self) -> None:
         for channel in list(self._channels):
             self._on_supervisor_lost(channel)
+        for pid in list(self._lost):
+            self._tell_lost(pid)
         with self._lock:
             if self._control is not None:
                 with suppress(OSError):
@@ -624,6 +690,8 @@ def _frames(command: Command) -> list[bytes]:
             "output_limit_bytes": command.output_limit_bytes,
             "result_limit_bytes": command.result_limit_bytes,
             "time_limit_seconds": command.time_limit_seconds,
+            "soft_time_limit_seconds": command.soft_time_limit_seconds,
+            "lease_until": command.lease_until,
             "kill_grace_seconds": command.kill_grace_seconds,
         }
     )
@@ -682,6 +750,8 @@ def _reason(command: Command, report: dict[str, Any], code: int | None) -> tuple
     if report["why"] == "time_limit":
         limit = command.time_limit_seconds
         return "time_limit", f"{name} ran longer than its time limit of {limit:g} s: it was killed, and {how}."
+    if report["why"] == "lease":
+        return "lease", f"the worker did not renew its lease in time: {name} was killed, and {how}."
     if report["why"] == "killed":
         return "killed", f"{name} was killed, and {how}."
     return ("exit", "") if code is not None and code >= 0 else ("signal", f"{name} {how}.")

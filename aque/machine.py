@@ -48,14 +48,28 @@ def boot_id() -> str:
         return str(psutil.boot_time())
 
 
+def machine_id() -> str:
+    """Stays the same over boots; empty where there is none, as in many containers."""
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def host_id() -> str:
     """The same for two processes exactly if each can tell by its pid whether the other lives: same boot, same pid
-    namespace (two containers on a machine share the former only)."""
+    namespace (two containers on a machine share the former only). With the machine's id, see `parts`."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         namespace = ""
-    return f"{boot_id()} {namespace}"
+    return f"{boot_id()} {namespace} {machine_id()}"
+
+
+def parts(host_id: str) -> tuple[str, str, str]:
+    """Boot, pid namespace and machine of a `host_id`; empty where it has none."""
+    boot, namespace, machine, *_ = [*host_id.split(" "), "", ""]
+    return boot, namespace, machine
 
 
 def process_started(pid: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Celery's process pool, with locks that end with the process that holds them.
+"""Celery's process pool, with children that keep together what they start, and locks that end with their holder.
 
 The children of Celery's blocking pool share one pipe for tasks and one for results, and take turns by semaphores. A child that
 is killed while it waits for a task (the kernel's memory killer, `kill -9`, a TERM to the whole process group) has the
@@ -7,10 +7,13 @@ semaphore, and nobody could ever take a task again. A record lock is released by
 
 import fcntl
 import os
+from collections.abc import Callable
 from typing import Any
 
-from billiard.pool import Pool
+from billiard.pool import Pool, Worker
 from celery.concurrency import prefork
+
+from aque import contain
 
 
 class ProcessLock:
@@ -38,7 +41,15 @@ class ProcessLock:
         self.release()
 
 
+class _Child(Worker):
+    def after_fork(self) -> None:
+        super().after_fork()
+        contain.enter()
+
+
 class _Pool(Pool):
+    Worker = _Child
+
     def _setup_queues(self) -> None:
         super()._setup_queues()
         self._inqueue._rlock = ProcessLock()
@@ -46,6 +57,17 @@ class _Pool(Pool):
 
 
 class TaskPool(prefork.TaskPool):
-    """Celery's prefork pool on such locks."""
+    """Celery's prefork pool of such children, on such locks."""
 
     BlockingPool: Any = _Pool
+
+    def tell_children(self, *listeners: Callable[[int], None]) -> None:
+        """Call the listeners with the pid of each child that there is and will be."""
+
+        def tell(process: Any) -> None:
+            for listener in listeners:
+                listener(process.pid)
+
+        self._pool.on_process_up = tell
+        for process in list(self._pool._pool):
+            tell(process)

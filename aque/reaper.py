@@ -2,6 +2,7 @@
 so that nothing the scheduler does can make a healthy worker look dead."""
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from aque import doorbell, machine
 from aque.errors import StoreError
 from aque.store import DatabaseError, Store, WorkerRow
+from aque.supervisor import lease_clock
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +25,31 @@ def may_reap(row: WorkerRow, own_id: int, is_here: bool, is_alive: bool) -> bool
     return not is_alive if is_here else row.expired_seconds > 0
 
 
+def is_of_earlier_boot(row: WorkerRow, host: str, host_id: str, up_seconds: float) -> bool:
+    """True if this worker ran on this machine (`host`, `host_id`) before it was booted, `up_seconds` ago: it is gone.
+
+    The machine is known by its name and by its machine id; copies of one disk image may share both. But a copy that lives
+    renews its lease, and what this boot ended has not renewed it since.
+    """
+    boot, _, machine_id = machine.parts(host_id)
+    row_boot, _, row_machine_id = machine.parts(row.info.boot_id)
+    same = row.info.host == host and row_machine_id == machine_id != ""
+    return same and row_boot != boot and row.unseen_seconds > up_seconds
+
+
 class Heartbeat:
-    """Beats three times per lease. `on_lost` is called when this worker has been declared lost itself."""
+    """Beats three times per lease. `on_lost` is called when this worker has been declared lost itself, `on_renewed` with
+    the moment of `lease_clock` until which the lease surely holds, `on_beat` every time, whether or not there is a store."""
 
     def __init__(
-        self, store: Store, worker_id: int, lease_seconds: float, max_lost: int, on_lost: Callable[[], int]
+        self,
+        store: Store,
+        worker_id: int,
+        lease_seconds: float,
+        max_lost: int,
+        on_lost: Callable[[], int],
+        on_renewed: Callable[[float], None],
+        on_beat: Callable[[], None],
     ) -> None:
         self._store = store
         self._worker_id = worker_id
@@ -35,8 +57,11 @@ class Heartbeat:
         self._lease_seconds = lease_seconds
         self._max_lost = max_lost
         self._on_lost = on_lost
+        self._on_renewed = on_renewed
+        self._on_beat = on_beat
         self._stop = threading.Event()
         self._host = machine.host_id()
+        self._host_name = socket.gethostname()
         self._patience_until = 0.0
         self._thread = threading.Thread(target=self._run, name="aque-heartbeat", daemon=True)
 
@@ -55,6 +80,7 @@ class Heartbeat:
             try:
                 if time.monotonic() - last > 2 * self._period:
                     self._be_patient()  # this process stood still: perhaps the whole machine did
+                self._on_beat()
                 self._beat()
                 last = time.monotonic()
             except Exception as error:
@@ -70,7 +96,10 @@ class Heartbeat:
 
     def _beat(self) -> None:
         with self._store.connect() as connection:
-            if not self._store.renew(connection, self._worker_id):
+            before = lease_clock()  # the lease in the table begins later
+            if self._store.renew(connection, self._worker_id):
+                self._on_renewed(before + self._lease_seconds)
+            else:
                 self._worker_id = self._on_lost()
             rows = self._store.live_workers(connection)
             for row in rows:
@@ -80,8 +109,11 @@ class Heartbeat:
                     self._reap(row)
 
     def _is_of_earlier_boot(self, row: WorkerRow) -> bool:
-        """On SQLite, which is one machine: its leases are on the clock of an earlier boot, and say nothing now."""
-        return self._store.dialect == "sqlite" and row.info.boot_id.split(" ")[0] != self._host.split(" ")[0]
+        """On SQLite, which is one machine, by the boot alone: its leases are on the clock of an earlier boot, and say
+        nothing now."""
+        if self._store.dialect == "sqlite":
+            return machine.parts(row.info.boot_id)[0] != machine.parts(self._host)[0]
+        return is_of_earlier_boot(row, self._host_name, self._host, lease_clock())
 
     def _reap(self, row: WorkerRow) -> None:
         with self._store.begin() as connection:

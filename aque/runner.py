@@ -6,14 +6,15 @@ Celery's own bookkeeping (`inspect active`, events, signals) sees every task of 
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
-import psutil
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import Celery
 from celery.signals import task_received
@@ -21,7 +22,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as celery_state
 from celery.worker.request import Request
 
-from aque import child, codec, identity, machine, sandbox
+from aque import child, codec, contain, identity, machine, sandbox
 from aque.chooser import Place, is_own, runs_in_pool
 from aque.commands import Command, CommandRunner, Ended, OtherUser
 from aque.commands import Running as RunningCommand
@@ -32,8 +33,6 @@ from aque.values import ClaimedTask, Outcome, Pattern
 
 logger = logging.getLogger(__name__)
 
-#: How long a child that ran into its time limit may take to die.
-GONE_SECONDS = 10.0
 #: Of the arguments, as events and `inspect` show them.
 SHOWN = 1024
 #: How a supervised command's end reads in the table.
@@ -78,7 +77,7 @@ class _Row:
             "kwargsrepr": saferepr(self.payload[1], SHOWN),
             "root_id": str(task.job_id),
             "parent_id": None if task.parent_id is None else str(task.parent_id),
-            "timelimit": (task.time_limit_seconds, None),
+            "timelimit": (task.time_limit_seconds, task.soft_time_limit_seconds),
         }
         self.delivery_info = {"routing_key": task.queue, "exchange": "", "redelivered": False}
         self.properties = {"priority": task.priority, "correlation_id": uuid}
@@ -112,7 +111,9 @@ class Attempt:
         self.killed: int | None = None
         self._runner = runner
         self._began = time.monotonic()
-        self._over = self._ending = False
+        self._over = self._timed_out = False
+        self._ending = threading.Lock()  # a time limit must not signal what its child does next
+        self._timers: list[threading.Timer] = []
         self._command: RunningCommand | None = None
         self._next_byte = {1: 0, 2: 0}  #: of its output, by descriptor
         self.request = _Request(
@@ -131,7 +132,28 @@ class Attempt:
         if self._command is not None:
             self._command.kill(number, grace_seconds)
         elif pid := self.request.worker_pid:
+            self._kill_child(pid, number)
+
+    def _kill_child(self, pid: int, number: int) -> None:
+        """Signal the child and all that it has started; for SIGKILL nothing of them is left. The caller sees to the grace."""
+        if pid == os.getpid():  # a thread: its pool says what it thinks of that
             self._runner.pool.terminate_job(pid, number)
+        elif number == signal.SIGKILL:
+            # It waits for processes to die, and one may hang in the kernel.
+            threading.Thread(target=self._end_child, args=(pid,), name="aque-kill", daemon=True).start()
+        else:
+            below = contain.below(pid)  # before the child can end, and they be someone else's
+            self._runner.pool.terminate_job(pid, number)
+            contain.signal_all(below, number)
+
+    def _end_child(self, pid: int) -> None:
+        contain.end_below(pid)
+        self._runner.pool.terminate_job(pid, signal.SIGKILL)  # so that the pool knows why
+
+    def renew(self, until: float) -> None:
+        """The worker's lease holds until this moment of the lease's clock."""
+        if self._command is not None:
+            self._command.renew(until)
 
     def signal(self, number: int) -> None:
         """Deliver a signal, no more."""
@@ -170,6 +192,8 @@ class Attempt:
 
     def _supervise(self, command: Command, user: OtherUser | None) -> None:
         task, settings = self.task, self._runner.settings
+        if task.strict_lease:
+            self._runner.strict.add(self)
         self._command = self._runner.commands.run(
             replace(
                 command,
@@ -179,6 +203,8 @@ class Attempt:
                 rlimits=self._runner.rlimits,
                 output_limit_bytes=settings.output_limit_bytes,
                 time_limit_seconds=task.time_limit_seconds,
+                soft_time_limit_seconds=task.soft_time_limit_seconds,
+                lease_until=self._runner.lease_until if task.strict_lease else None,
                 kill_grace_seconds=settings.kill_grace_seconds,
             ),
             self._on_command_started,
@@ -204,6 +230,8 @@ class Attempt:
         self._mark_gap(1, ended.stdout_bytes)
         self._mark_gap(2, ended.stderr_bytes)
         if ended.reason == "lost":
+            self._end_when_gone(lambda: self._end(State.READY, Reason.WORKER_LOST))
+        elif ended.reason == "lease":
             self._end(State.READY, Reason.WORKER_LOST)
         elif self.killed is not None:
             self._end(State.KILLED, Reason.REQUEST, ended.exit_code, ended.signal or self.killed, cut=ended.truncated)
@@ -254,57 +282,102 @@ class Attempt:
                 variables,
                 task.import_path,
                 settings.result_limit_bytes,
+                settings.kill_grace_seconds,
             ),
             accept_callback=self._on_accepted,
-            timeout_callback=self._on_timeout,
             callback=self._on_result,
             error_callback=self._on_pool_error,
-            timeout=task.time_limit_seconds,
             correlation_id=self.request.id,
         )
 
     def _on_accepted(self, pid: int, accepted: float) -> None:
         self.request.on_accepted(pid, accepted)
         if self.killed is not None:  # killed between start and acceptance
-            self._runner.pool.terminate_job(pid, self.killed)
+            self._kill_child(pid, self.killed)
+        if pid == os.getpid():
+            return
+        # Not the pool's own limits: it looks once a second, kills the child alone, and 0.1 s after the first signal.
+        if (seconds := self.task.soft_time_limit_seconds) is not None:
+            self._after(seconds, lambda: contain.signal_all([pid], signal.SIGUSR1))
+        if (seconds := self.task.time_limit_seconds) is not None:
+            self._after(seconds, lambda: self._time_out(pid))
+
+    def _after(self, seconds: float, act: Callable[[], None]) -> None:
+        """Unless the attempt has ended by then."""
+
+        def call() -> None:
+            with self._ending:
+                if not self._over:
+                    act()
+
+        timer = threading.Timer(seconds, call)
+        timer.daemon = True
+        with self._ending:
+            if not self._over:
+                self._timers.append(timer)
+                timer.start()
+
+    def _time_out(self, pid: int) -> None:
+        if self.killed is None:
+            self._timed_out = True
+            self._kill_child(pid, signal.SIGTERM)
+            final = threading.Timer(self._runner.settings.kill_grace_seconds, self._end_if_running, args=(pid,))
+            final.daemon = True
+            final.start()
+
+    def _time_out_by_pool(self) -> None:
+        """The limit of the worker itself (`--time-limit`): the pool tells of it, and kills the child alone after that."""
+        self._timed_out = True
+        pid = self.request.worker_pid
+
+        def end() -> None:
+            if pid:
+                self._end_child(pid)
+                contain.wait(pid)
+            self._end_when_gone(lambda: self._end(State.ERROR, Reason.TIME_LIMIT, error=self._time_limit_error()))
+
+        threading.Thread(target=end, name="aque-time-limit", daemon=True).start()
+
+    def _end_if_running(self, pid: int) -> None:
+        if not self._over:
+            self._end_child(pid)
 
     def _on_result(self, result: child.ChildResult) -> None:
         succeeded, first, second, seconds = result
-        if succeeded:
+        if self._timed_out:  # it caught the signal, and went on
+            self._end(State.ERROR, Reason.TIME_LIMIT, error=self._time_limit_error(), seconds=seconds)
+        elif succeeded:
             self._end(State.SUCCESS, value=first, shown=second, seconds=seconds)
         else:
             self._end(State.ERROR, Reason(first), error=second, seconds=seconds)
 
-    def _on_timeout(self, soft: bool, timeout: float) -> None:
-        if not soft:
-            self._end_when_gone(_error(TimeLimitExceeded(timeout)))
+    def _time_limit_error(self) -> bytes:
+        return _error(TimeLimitExceeded(self.task.time_limit_seconds))
 
-    def _end_when_gone(self, stored: bytes) -> None:
-        """The pool reports a time limit before it kills the child: wait until nothing of the attempt runs."""
-        if self._ending:
-            return
-        self._ending = True
+    def _end_when_gone(self, end: Callable[[], None]) -> None:
+        """A process that kept the attempt's others together has died: kill what it left before anything is recorded."""
 
         def wait() -> None:
-            pid = self.request.worker_pid
-            with suppress(psutil.Error):
-                psutil.Process(pid).wait(GONE_SECONDS)
-            self._end(State.ERROR, Reason.TIME_LIMIT, error=stored)
+            self._runner.end_strangers()
+            end()
 
-        threading.Thread(target=wait, name="aque-time-limit", daemon=True).start()
+        threading.Thread(target=wait, name="aque-orphans", daemon=True).start()
 
     def _on_pool_error(self, info: Any) -> None:
         """The child died under the task, or could not even send its result."""
         error = getattr(info.exception, "exc", None) or info.exception
         kind = f"{type(error).__module__}.{type(error).__qualname__}"
         stored = codec.encode_error(kind, str(error), str(info.traceback or ""))
-        if self.killed is not None:
+        if self._timed_out:
+            self._end_when_gone(lambda: self._end(State.ERROR, Reason.TIME_LIMIT, error=self._time_limit_error()))
+        elif self.killed is not None:
             number = error.args[0] if isinstance(error, Terminated) and error.args else 0
-            self._end(State.KILLED, Reason.REQUEST, signal=number if number > 0 else self.killed)
+            number = number if number > 0 else self.killed
+            self._end_when_gone(lambda: self._end(State.KILLED, Reason.REQUEST, signal=number))
         elif isinstance(error, TimeLimitExceeded):
-            self._end_when_gone(stored)
+            self._time_out_by_pool()
         elif isinstance(error, (Terminated, SystemExit, WorkerLostError)):
-            self._end(State.READY, Reason.WORKER_LOST, error=stored)
+            self._end_when_gone(lambda: self._end(State.READY, Reason.WORKER_LOST, error=stored))
         else:
             self._end(State.ERROR, Reason.EXCEPTION, error=stored)
 
@@ -330,9 +403,13 @@ class Attempt:
         seconds: float | None = None,
         cut: bool = False,
     ) -> None:
-        if self._over:  # a time limit is reported twice: when it is over, and when the child is gone
-            return
-        self._over = True
+        with self._ending:
+            if self._over:
+                return
+            self._over = True
+        for timer in self._timers:
+            timer.cancel()
+        self._runner.strict.discard(self)
         task, now = self.task, time.monotonic()
         ran = now - self._began if seconds is None else seconds
         celery_state.task_ready(self.request, successful=state is State.SUCCESS)
@@ -359,7 +436,8 @@ class Attempt:
 
 
 class Runner:
-    """Starts attempts. `pool` is Celery's process pool, `eventer` takes Celery's events without ever blocking."""
+    """Starts attempts. `pool` is Celery's process pool, `eventer` takes Celery's events without ever blocking;
+    `end_strangers` kills what processes that died have left to this one, see `contain.Strangers`."""
 
     def __init__(
         self,
@@ -371,6 +449,7 @@ class Runner:
         settings: Settings,
         place: Place,
         listener: Listener,
+        end_strangers: Callable[[], None],
     ) -> None:
         self.app = app
         self.hostname = hostname
@@ -381,8 +460,19 @@ class Runner:
         self.place = place
         self.listener = listener
         self.rlimits = machine.parse_rlimits(settings.rlimits)
+        self.end_strangers = end_strangers
+        #: A moment of `supervisor.lease_clock`: so long the table holds this worker's tasks for it.
+        self.lease_until = 0.0
+        #: What must not outlive the lease.
+        self.strict: set[Attempt] = set()
         #: Celery's Request wants a task object; what it is asked for (events on, no late acknowledgement) is the same for all.
         self.proxy_task = app.tasks["celery.backend_cleanup"]
+
+    def renew(self, until: float) -> None:
+        """The worker's lease holds until this moment of `supervisor.lease_clock`."""
+        self.lease_until = until
+        for attempt in list(self.strict):
+            attempt.renew(until)
 
     def start(self, task: ClaimedTask, cpus: Any) -> Attempt:
         """Start an attempt with `cpus` reserved; whatever goes wrong becomes its outcome."""

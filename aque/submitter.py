@@ -164,6 +164,11 @@ class Submitter:
         self, task_id: int, function: str, name: str, arguments: bytes, inputs: Sequence[int], options: Options
     ) -> TaskSpec:
         """A function, given as "module:qualname", with its arguments as JSON of [args, kwargs]."""
+        if options.strict_lease and not options.interpreter:
+            raise BadInput(
+                "strict_lease is for commands: a function runs in a child of its worker, and nobody could end it there while "
+                "the worker itself stands still. Nothing was submitted: let a command call the function."
+            )
         return self._spec(
             task_id,
             options,

@@ -8,16 +8,21 @@ single-threaded interpreter: forking it is safe and cheap, forking a worker full
 
 The server forks a supervisor when the worker asks for one, and answers with the worker's end of the channel. A supervisor
 runs one command at a time; between two commands it has no child. It ends, and kills what it runs, when its channel closes or
-the worker's process ends. Should a supervisor itself be killed, the server inherits what it ran and kills that.
+the worker's process ends. Should a supervisor itself be killed, the server inherits what it ran and kills that. When the
+worker's process ends, the server also ends the processes of its pool, with all that they started.
 
 Control socket, messages of kind and number (`ORDER`) from the worker:
     FORK    how many supervisors are wanted. Answered by one message for each (`NUMBER`): its pid with the channel attached,
             or a negated errno with nothing attached
     ABANDON the pid of a supervisor that does not answer: it is killed, and what it was about to start
+    WATCH   the pid of a process of the worker's pool
+and to the worker:
+    GONE    the pid of a supervisor that has ended, once nothing lives of what it ran
 Channel, frames of kind and length (`FRAME`), then the body:
     to the supervisor   RUN     a marshalled dict, see `Supervisor.start`; `stdin_bytes` of stdin follow it unframed
                         SIGNAL  number (`NUMBER`): to the command's process group
                         KILL    number, seconds (`KILLING`): to the whole tree; what is left after the seconds gets SIGKILL
+                        LEASE   until when (`MOMENT`, see `lease_clock`) the command may run, unless another such frame comes
     to the worker       STARTED pid (`NUMBER`) of the command
                         STDOUT, STDERR, RESULT  bytes as written, in order
                         TAIL    kind, offset (`PIECE`), bytes: the end of a stream whose middle was dropped
@@ -40,6 +45,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from aque import launch
@@ -49,8 +55,9 @@ FRAME = struct.Struct("=cI")
 NUMBER = struct.Struct("=i")
 KILLING = struct.Struct("=id")
 PIECE = struct.Struct("=cQ")
-FORK, ABANDON = b"F", b"A"
-RUN, SIGNAL, KILL = b"R", b"S", b"K"
+MOMENT = struct.Struct("=d")
+FORK, ABANDON, WATCH, GONE = b"F", b"A", b"W", b"G"
+RUN, SIGNAL, KILL, LEASE = b"R", b"S", b"K", b"L"
 STARTED, STDOUT, STDERR, RESULT, TAIL, ENDED, BROKEN = b"P", b"1", b"2", b"3", b"T", b"E", b"!"
 
 #: How to start a fresh interpreter with this module: its own directory of packages at the end of the path, and nothing else.
@@ -65,6 +72,8 @@ GATHER_SECONDS = 0.002
 PATIENCE_SECONDS = 5.0
 #: poll takes no more than 24 days.
 LONGEST_WAIT_SECONDS = 86400.0
+#: poll does not count the time that the machine sleeps, the lease's clock does: with a lease, look at it this often.
+LEASE_LOOK_SECONDS = 1.0
 READ_BYTES = 1 << 16
 #: With this much waiting for the worker, the command's pipes are no longer read: the command waits as well.
 PENDING_BYTES = 1 << 17
@@ -104,17 +113,18 @@ class Supervisor:
         self.command = 0
         self.status: int | None = None
         self.has_children = False
-        #: Why the tree is being killed: "killed", "time_limit", or None.
+        #: Why the tree is being killed: "killed", "time_limit", "lease", or None.
         self.why: str | None = None
         #: When what is left gets SIGKILL.
         self.kill_at = math.inf
         self.flush_at = math.inf
         self.limit_at = math.inf
+        self.soft_limit_at = math.inf
+        self.lease_until = math.inf
         self.grace_seconds = 0.0
-        #: Open pipe -> kind of its frames. Bytes read of each kind, and forwarded.
+        #: Open pipe -> kind of its frames; bytes read of each kind.
         self.streams: dict[int, bytes] = {}
         self.total = {STDOUT: 0, STDERR: 0, RESULT: 0}
-        self.sent = {STDOUT: 0, STDERR: 0, RESULT: 0}
         #: Bytes of output that are still forwarded at once, of both streams together; of each, its last so many are kept.
         self.head_bytes = 0
         self.tail_bytes = 0
@@ -258,8 +268,8 @@ class Supervisor:
         """Start the command of `spec`. Raises CannotStart.
 
         Besides what `launch.start` reads: user (a name with min_uid and allow_root; None: this process's), login,
-        stdin_bytes, output_limit_bytes, result_limit_bytes (None: it has no result), time_limit_seconds (None: none),
-        kill_grace_seconds.
+        stdin_bytes, output_limit_bytes, result_limit_bytes (None: it has no result), time_limit_seconds and
+        soft_time_limit_seconds (None: none), lease_until (None: no lease), kill_grace_seconds.
         """
         user = None
         if spec["user"] is not None:
@@ -294,6 +304,10 @@ class Supervisor:
         self.grace_seconds = spec["kill_grace_seconds"]
         if (limit := spec["time_limit_seconds"]) is not None:
             self.limit_at = time.monotonic() + limit
+        if (limit := spec["soft_time_limit_seconds"]) is not None:
+            self.soft_limit_at = time.monotonic() + limit
+        if spec["lease_until"] is not None:
+            self.lease_until = spec["lease_until"]
         self.streams = {readable: kind for kind, (readable, _) in pipes.items()}
         limit_bytes = spec["output_limit_bytes"]
         self.head_bytes, self.tail_bytes = limit_bytes - limit_bytes // 4 * 2, limit_bytes // 4
@@ -314,6 +328,13 @@ class Supervisor:
                 self.limit_at = math.inf
                 if self.status is None:
                     self.kill(signal.SIGTERM, self.grace_seconds, "time_limit")
+            if self.soft_limit_at <= now:
+                self.soft_limit_at = math.inf
+                if self.status is None:
+                    self.signal_tree(signal.SIGTERM)  # how the command takes it is up to the command
+            if self.lease_until < math.inf and self.lease_left() <= 0:
+                self.kill(signal.SIGTERM, self.lease_left() + self.grace_seconds, "lease")
+                self.lease_until = math.inf
             if self.terminated:
                 self.terminated = False
                 self.kill(signal.SIGTERM, self.grace_seconds, "killed")
@@ -321,7 +342,9 @@ class Supervisor:
                 self.leave_nothing()
                 break
             self.balance(channel)
-            seconds = min(self.flush_at, self.limit_at, self.kill_at, now + LONGEST_WAIT_SECONDS) - now
+            longest = LONGEST_WAIT_SECONDS if self.lease_until == math.inf else LEASE_LOOK_SECONDS
+            due = min(self.flush_at, self.limit_at, self.soft_limit_at, self.kill_at, now + longest)
+            seconds = min(due - now, self.lease_left())
             for fd, event in self.poll.poll(max(0, math.ceil(seconds * 1000))):
                 if fd in self.streams:
                     self.relay(fd, event)
@@ -381,7 +404,6 @@ class Supervisor:
         head = data[: self.room(kind)]
         if head:
             self.send(kind, head)
-            self.sent[kind] += len(head)
             if kind == RESULT:
                 self.result_bytes -= len(head)
             else:
@@ -419,6 +441,8 @@ class Supervisor:
             if kind == KILL:
                 number, seconds = KILLING.unpack(body)
                 self.kill(number, seconds, "killed")
+            elif kind == LEASE and self.lease_until < math.inf:
+                (self.lease_until,) = MOMENT.unpack(body)
             elif kind == SIGNAL and self.status is None:
                 try:
                     os.killpg(self.command, NUMBER.unpack(body)[0])
@@ -431,10 +455,17 @@ class Supervisor:
         """Signal the whole tree, and SIGKILL it when the grace is over. A later, shorter grace wins."""
         if self.status is None and self.why is None:
             self.why = why
-        for pid in descendants(os.getpid()):
-            send_signal(pid, number)
+        self.signal_tree(number)
         now = time.monotonic()
         self.kill_at = min(self.kill_at, now if number == signal.SIGKILL else now + grace_seconds)
+
+    def signal_tree(self, number: int) -> None:
+        for pid in descendants(os.getpid()):
+            send_signal(pid, number)
+
+    def lease_left(self) -> float:
+        """Seconds until the command has to be told to end, so that after the grace nothing of it outlives the lease."""
+        return self.lease_until - self.grace_seconds - lease_clock()
 
     def reap(self) -> None:
         """Collect all that has ended; orphans of the tree are children of this process."""
@@ -561,10 +592,90 @@ def send_signal(pid: int, number: int) -> bool:
     return True
 
 
+def is_over(pid: int) -> bool:
+    """True for a process that has ended, whether or not somebody has reaped it; false while one of its threads runs."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in b"ZX" and int(fields[17]) <= 1
+
+
+def is_stopped(pid: int) -> bool:
+    """True if no thread of the process runs, because it was stopped or because there is no such process."""
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
+                if file.read().rpartition(b")")[2].split()[0] not in b"TtZX":
+                    return False
+    except FileNotFoundError:
+        return is_over(pid)
+    return True
+
+
+def leave_none(look: Callable[[], list[int]], patience_seconds: float = math.inf, reap: bool = False) -> None:
+    """SIGKILL what `look` finds until all of it is over, or the patience is; except what the kernel does not let this user
+    signal. `reap`: collect those that are children of this process, each by its pid."""
+    until = time.monotonic() + patience_seconds
+    over: set[int] = set()
+    seen: set[int] = set()
+    pause = 0.0005
+    # An orphan moves up while the tree is read, and can be missed: only a look that finds nothing new is the last.
+    while found := [pid for pid in look() if pid not in over]:
+        for pid in found:
+            may = send_signal(pid, signal.SIGKILL)
+            if not may or (is_over(pid) and not (reap and reaped(pid))):
+                over.add(pid)
+        if time.monotonic() >= until:
+            return
+        if seen.issuperset(found):
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.1)
+        seen.update(found)
+
+
+def reaped(pid: int) -> bool:
+    """Collect this child, if it is one and has ended."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return False
+
+
+def end_descendants(subreaper: int) -> None:
+    """Stop another subreaper, and kill all its descendants: once stopped, it forks no more and collects every orphan."""
+    send_signal(subreaper, signal.SIGSTOP)
+    until = time.monotonic() + PATIENCE_SECONDS  # for a thread that hangs in the kernel and cannot be stopped
+    stopped = False
+    while not stopped:
+        stopped = is_stopped(subreaper) or time.monotonic() >= until
+        leave_none(lambda: descendants(subreaper))
+        if not stopped:
+            time.sleep(0.0005)
+
+
+def end_tree(subreaper: int) -> None:
+    """Kill another subreaper and all its descendants."""
+    end_descendants(subreaper)
+    send_signal(subreaper, signal.SIGKILL)
+
+
+def lease_clock() -> float:
+    """Seconds since the boot, with the time that the machine slept: the lease goes on in its sleep."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def become_subreaper() -> None:
     """Have descendants that lose their parents come to this process, wherever they went."""
     if prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError("this kernel has no PR_SET_CHILD_SUBREAPER")
+
+
+def is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def catch_signals() -> int:
@@ -582,6 +693,10 @@ class Server:
         self.control = control
         self.worker = worker
         self.supervisors: set[int] = set()
+        #: Supervisors that have ended, with what they ran perhaps still dying.
+        self.ended: list[int] = []
+        #: pidfd -> pid of the processes of the worker's pool: a pid alone may be another's by the time that it matters.
+        self.pool: dict[int, int] = {}
         self.wakeup = catch_signals()
 
     def serve(self) -> None:
@@ -597,14 +712,27 @@ class Server:
             for fd, _ in poll.poll(pause if pause > 10.0 else None):
                 if fd == self.wakeup:
                     os.read(fd, 512)
-                elif fd == self.worker or not self.answer():
-                    for gone in (self.control.fileno(), self.worker):
-                        poll.unregister(gone)
+                elif fd == self.worker:
+                    poll.unregister(fd)
+                    for pidfd in self.pool:
+                        with suppress(KeyError):
+                            poll.unregister(pidfd)
+                    self.end_pool()
+                    patience_until = time.monotonic() + PATIENCE_SECONDS
+                    break  # what else was ready may be closed
+                elif fd in self.pool:
+                    poll.unregister(fd)
+                    os.close(fd)
+                    del self.pool[fd]
+                elif not self.answer():
+                    # It stops, or dies: a process that ends closes its files first. Its pool is watched to the end of either.
+                    poll.unregister(fd)
                     self.control.close()
                     patience_until = time.monotonic() + PATIENCE_SECONDS
-                    break
+                    for pidfd in self.pool:
+                        poll.register(pidfd, select.POLLIN)
             strangers = self.reap()
-            if patience_until < math.inf and not self.supervisors and not strangers:
+            if patience_until < math.inf and not self.supervisors and not strangers and not self.pool:
                 return
             if patience_until <= time.monotonic():
                 for pid in self.supervisors:
@@ -619,6 +747,8 @@ class Server:
             kind, number = ORDER.unpack(message)
             if kind == ABANDON and number in self.supervisors:
                 send_signal(number, signal.SIGKILL)
+            elif kind == WATCH:
+                self.watch(number)
             for _ in range(number if kind == FORK else 0):
                 try:
                     pid, channel = self.fork()
@@ -670,19 +800,56 @@ class Server:
             # No clean-up of what belongs to the server; and never back into its loop.
             os._exit(code)
 
+    def watch(self, pid: int) -> None:
+        for pidfd in [pidfd for pidfd in self.pool if is_readable(pidfd)]:
+            os.close(pidfd)
+            del self.pool[pidfd]
+        with suppress(OSError):  # it has ended already
+            self.pool[os.pidfd_open(pid)] = pid
+
+    def end_pool(self) -> None:
+        """The worker's process has ended. Each process of its pool is ended by a fork: one may hang in the kernel."""
+        for pidfd, pid in self.pool.items():
+            if is_readable(pidfd):
+                continue
+            try:
+                fork = os.fork()
+            except OSError:
+                end_tree(pid)
+                continue
+            if not fork:
+                try:
+                    end_tree(pid)
+                finally:
+                    os._exit(0)
+            self.supervisors.add(fork)
+        self.pool.clear()
+
+    def tell_gone(self) -> None:
+        with suppress(OSError):  # nobody reads: the worker does not wait for ever
+            for pid in self.ended:
+                self.control.send(ORDER.pack(GONE, pid), socket.MSG_DONTWAIT)
+        self.ended.clear()
+
     def reap(self) -> bool:
         """Collect the dead, and kill what dead supervisors have left; true while some of that lives."""
         while True:
             try:
                 pid, _ = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
+                self.tell_gone()
                 return False
             if not pid:
                 break
-            self.supervisors.discard(pid)
+            if pid in self.supervisors:
+                self.supervisors.discard(pid)
+                self.ended.append(pid)
         strangers = descendants(os.getpid(), except_for=self.supervisors)
         # All get the signal. Those that may not be signalled are not waited for: nothing more can be done about them.
-        return [send_signal(pid, signal.SIGKILL) for pid in strangers].count(True) > 0
+        left = [send_signal(pid, signal.SIGKILL) for pid in strangers].count(True) > 0
+        if not left:
+            self.tell_gone()
+        return left
 
 
 def main() -> None:

@@ -48,8 +48,20 @@ _WHAT = [
         "--duration", metavar="TIME", default="0", callback=in_seconds, help="Expected run time: 90s 5m 2h 1d."
     ),
     click.option("--time-limit", metavar="TIME", callback=in_seconds, help="End it after this time."),
+    click.option(
+        "--soft-time-limit",
+        metavar="TIME",
+        callback=in_seconds,
+        help="Ask it to end after this time: SIGTERM, or SoftTimeLimitExceeded in a function.",
+    ),
     click.option("--user", metavar="NAME", default="", help="Run it as this user; only root can name another."),
     click.option("--max-attempts", metavar="N", type=int, default=1, help="Try it so often if it fails (default 1)."),
+    click.option("--no-requeue", is_flag=True, help="Do not run it again if its worker dies."),
+    click.option(
+        "--strict-lease",
+        is_flag=True,
+        help="Commands: kill it on its machine when its worker could not renew its lease.",
+    ),
 ]
 _CPUS = click.option(
     "--cpus", metavar="CPUS", default="1", help="Reserve CPUs: 1.5, or 1/4, 25%, all of the machine, or 0 (default 1)."
@@ -98,8 +110,11 @@ def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
         duration=chosen["duration"],
         io_paths=chosen["io"],
         time_limit=chosen["time_limit"],
+        soft_time_limit=chosen["soft_time_limit"],
         user=chosen["user"],
         interpreter=chosen.get("interpreter", ""),
         max_attempts=chosen["max_attempts"],
+        requeue=not chosen["no_requeue"],
+        strict_lease=chosen["strict_lease"],
         dependencies=tuple(Dependency(upstream, condition) for upstream, condition in dependencies.items()),
     )

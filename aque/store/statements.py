@@ -656,8 +656,13 @@ def live_workers() -> Statement:
 
 @cache
 def workers() -> Statement:
-    """All workers with `expired`: how many seconds ago the lease ended (negative: it holds)."""
-    return sa.select(worker, (lease_clock() - worker.c.lease_until).label("expired")).order_by(worker.c.id)
+    """All workers with `expired`: how many seconds ago the lease ended (negative: it holds), and `unseen`: how many seconds
+    ago it was renewed."""
+    return sa.select(
+        worker,
+        (lease_clock() - worker.c.lease_until).label("expired"),
+        (wall_clock() - worker.c.seen_at).label("unseen"),
+    ).order_by(worker.c.id)
 
 
 @cache

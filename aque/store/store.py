@@ -105,7 +105,7 @@ class StoredResult:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A worker as registered; `expired_seconds` ago its lease ended (negative: it holds)."""
+    """A worker as registered; `expired_seconds` ago its lease ended (negative: it holds), `unseen_seconds` ago it renewed."""
 
     info: WorkerInfo
     state: str
@@ -113,6 +113,7 @@ class WorkerRow:
     seen_at: float
     lease_until: float
     expired_seconds: float
+    unseen_seconds: float
 
     @property
     def is_live(self) -> bool:
@@ -832,7 +833,9 @@ def _bytes(value: Any) -> bytes | None:
 def _worker(row: Any) -> WorkerRow:
     info = {name: getattr(row, name) for name in WorkerInfo.__slots__}
     info["queues"] = tuple(json.loads(row.queues))
-    return WorkerRow(WorkerInfo(**info), row.state, row.started_at, row.seen_at, row.lease_until, row.expired)
+    return WorkerRow(
+        WorkerInfo(**info), row.state, row.started_at, row.seen_at, row.lease_until, row.expired, row.unseen
+    )
 
 
 __all__ = ["Finding", "Finished", "Kill", "Killed", "Released", "Store", "StoredResult", "WorkerRow", "open_store"]

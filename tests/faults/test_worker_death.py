@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +17,11 @@ import psycopg2
 import pytest
 
 import aque
+from aque import machine
+from aque.states import State
+from aque.values import WorkerInfo
 from tests.faults import dag
+from tests.faults.trees import Tree
 from tests.servers import PostgreSQL, wait_until
 from tests.worker import tasks
 from tests.worker.farm import LIMIT_SECONDS, Farm, Worker, processes_with
@@ -30,16 +36,16 @@ STEP = 'echo "$AQUE_ATTEMPT" >>"$1"; until [ -e "$2.$AQUE_ATTEMPT" ]; do sleep 0
 class Step:
     """A command or function that runs until the test opens its gate, and says which attempts have started."""
 
-    def __init__(self, directory: Path, kind: str = "command") -> None:
+    def __init__(self, directory: Path, kind: str = "command", **options: object) -> None:
         name = uuid4().hex
         self.path, self.gate = directory / f"started-{name}", directory / f"gate-{name}"
         self.mark = f"TEST_MARK={name}"
         if kind == "command":
             words = ["env", self.mark, "sh", "-c", f"setsid sleep 1000 & {STEP}", "sh", str(self.path), str(self.gate)]
-            self.task = aque.shell(words, cpus=0.5)
+            self.task = aque.shell(words, cpus=0.5, **options)
         else:
             self.gate = self.gate.with_suffix(".1")
-            self.task = tasks.started.apply_async((str(self.path), str(self.gate)), cpus=0.5)
+            self.task = tasks.started.apply_async((str(self.path), str(self.gate)), cpus=0.5, **options)
 
     @property
     def attempts(self) -> list[int]:
@@ -210,6 +216,117 @@ def test_a_worker_that_stalls_past_its_lease_loses_its_tasks_to_another_machine_
             assert step.attempts == [1, 2]
         assert aque.shell(["true"], cpus=2).get(timeout=LIMIT)["exit_code"] == 0
         wait_until(lambda: len(own_farm.live()) == 2, LIMIT, "the one that stalled works again, as a new worker")
+
+
+def test_a_stalled_worker_kills_the_whole_tree_of_a_function_that_it_has_lost(own_farm: Farm, tmp_path: Path) -> None:
+    with another_pid_namespace() as elsewhere:
+        stalled = own_farm.start_worker("-c", "1", name="stalled", cpus=1, lease_seconds=1)
+        grown = Tree(tmp_path, "function")
+        grown.wait_until_it_has_grown()
+        stalled.deliver(signal.SIGSTOP)
+        try:
+            own_farm.start_worker("-c", "1", name="elsewhere", cpus=1, lease_seconds=1, before=elsewhere)
+            row = own_farm.wait_for_state(grown.task, "success")
+            assert grown.living()  # nobody could end them there
+        finally:
+            stalled.deliver(signal.SIGCONT)
+        wait_until(lambda: not grown.living(), LIMIT, "the tree is gone")
+        assert (row["attempt"], row["worker"]) == (2, "elsewhere@test")
+        assert [found for _, _, found in grown.records()] == ["clean", "overlaps"]
+        wait_until(lambda: len(own_farm.live()) == 2, LIMIT, "the one that stalled works again, as a new worker")
+        assert own_farm.row(grown.task) == row
+
+
+def test_with_a_strict_lease_two_attempts_never_overlap(own_farm: Farm, tmp_path: Path) -> None:
+    with another_pid_namespace() as elsewhere:
+        stalled = own_farm.start_worker("-c", "1", name="stalled", cpus=1, lease_seconds=3)
+        grown = Tree(tmp_path, "command", strict_lease=True)
+        grown.wait_until_it_has_grown()
+        stalled.deliver(signal.SIGSTOP)
+        try:
+            own_farm.start_worker("-c", "1", name="elsewhere", cpus=1, lease_seconds=3, before=elsewhere)
+            row = own_farm.wait_for_state(grown.task, "success")
+            assert not grown.living()  # while the worker stands still
+        finally:
+            stalled.deliver(signal.SIGCONT)
+        assert (row["attempt"], row["worker"]) == (2, "elsewhere@test")
+        assert [found for _, _, found in grown.records()] == ["clean", "clean"]
+        wait_until(lambda: len(own_farm.live()) == 2, LIMIT, "the one that stalled works again, as a new worker")
+        assert own_farm.row(grown.task) == row
+
+
+def test_a_strict_lease_that_is_renewed_harms_nothing(own_farm: Farm, tmp_path: Path) -> None:
+    own_farm.start_worker("-c", "1", cpus=1, lease_seconds=1)
+    step = Step(tmp_path, strict_lease=True)
+    step.wait_until_it_runs()
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 3, LIMIT, "three leases are over")
+    step.finish()
+    row = own_farm.wait_for_state(step.task, "success")
+    assert (row["attempt"], row["lost"], step.attempts) == (1, 0, [1])
+
+
+def test_the_tasks_of_a_worker_that_ran_before_this_machine_was_booted_are_free_at_once(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    boot, namespace, machine_id = machine.parts(machine.host_id())
+    if not machine_id:
+        pytest.skip("this machine has no /etc/machine-id")
+    earlier = f"{'0' * len(boot)} {namespace} {machine_id}"
+    tasks_of = {}
+    for name, host, seen in (("before", socket.gethostname(), 0.0), ("copy", socket.gethostname(), time.time())):
+        step = Step(tmp_path)
+        tasks_of[name] = step
+        with own_farm.store.begin() as connection:
+            (worker_id,) = own_farm.store.reserve_ids(connection, 1)
+            info = WorkerInfo(
+                worker_id,
+                name,
+                host,
+                1,
+                0.0,
+                earlier,
+                "1",
+                1 << 30,
+                1,
+                1,
+                ("celery",),
+                "linux",
+                "0",
+                1e6,
+                "",
+                False,
+                "",
+            )
+            own_farm.store.register(connection, info)
+            own_farm.store.claim(connection, [step.task.number], worker_id, 7, State.RUNNING)
+            connection.exec_driver_sql(f"UPDATE aque_worker SET seen_at = {seen} WHERE id = {worker_id}")
+    own_farm.start_worker("-c", "1", cpus=2)
+    before, copy = tasks_of["before"], tasks_of["copy"]
+    before.wait_until_it_runs(2)
+    before.finish(2)
+    own_farm.wait_for_state(before.task, "success")
+    if own_farm.url.startswith("sqlite"):  # one machine: whatever ran before the boot is gone
+        copy.wait_until_it_runs(2)
+        copy.finish(2)
+        own_farm.wait_for_state(copy.task, "success")
+    else:
+        assert own_farm.state(copy.task) == "running"
+        with own_farm.store.begin() as connection:
+            connection.exec_driver_sql("UPDATE aque_worker SET lease_until = 0 WHERE name = 'copy'")
+        copy.wait_until_it_runs(2)
+        copy.finish(2)
+        own_farm.wait_for_state(copy.task, "success")
+
+
+def test_a_command_that_may_not_be_requeued_ends_with_its_worker(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", name="first")
+    step = Step(tmp_path, requeue=False)
+    step.wait_until_it_runs()
+    worker.kill()
+    own_farm.start_worker("-c", "1", name="second")
+    row = own_farm.wait_for_state(step.task, "error")
+    assert (row["reason"], row["attempt"], row["lost"], step.attempts) == ("worker_lost", 1, 1, [1])
 
 
 # -- a worker that is told to stop ------------------------------------------------------------------------------------------

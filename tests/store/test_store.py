@@ -394,3 +394,33 @@ def test_a_random_graph_runs_to_its_end_in_order(store: Store) -> None:
         with store.connect() as connection:
             assert store.doctor(connection) == []
     assert set(states(store).values()) <= {"success", "error", "skipped"}
+
+
+def test_a_lost_attempt_is_the_last_of_a_task_that_may_not_be_requeued_whoever_finds_it_lost(store: Store) -> None:
+    told, reaped, unstarted = ids(store, 3)
+    me = worker(store)
+    submit(store, [replace(SPEC, id=i, requeue=False, max_attempts=5) for i in (told, reaped, unstarted)])
+    (task,) = claim(store, [told], me)
+    finish(store, Outcome(task.id, task.attempt, task.token, State.READY, Reason.WORKER_LOST))
+    claim(store, [reaped], me)
+    claim(store, [unstarted], me, state=State.CLAIMED)
+    reap(store, me)
+    with store.connect() as connection:
+        rows = {row["id"]: (row["state"], row["reason"], row["lost"]) for row in store.tasks(connection)}
+    assert rows[told] == rows[reaped] == ("error", "worker_lost", 1)
+    assert rows[unstarted][0] == "ready"  # no attempt of it was lost
+
+
+def test_the_third_lost_attempt_is_the_last_however_often_it_may_fail(store: Store) -> None:
+    (new,) = ids(store, 1)
+    submit(store, [replace(SPEC, id=new, max_attempts=10)])
+    for attempt in (1, 2, 3):
+        assert states(store)[new] == "ready"
+        me = worker(store)
+        (task,) = claim(store, [new], me)
+        assert task.attempt == attempt
+        if attempt == 2:
+            finish(store, Outcome(task.id, task.attempt, task.token, State.READY, Reason.WORKER_LOST))
+        else:
+            reap(store, me)
+    assert states(store)[new] == "error"

@@ -453,6 +453,59 @@ def test_a_time_limit_kills_a_tree_that_is_deaf_to_sigterm(run):
     assert ended.message == "'sh' ran longer than its time limit of 0.3 s: it was killed, and ended by SIGKILL."
 
 
+def test_at_the_soft_time_limit_the_tree_gets_sigterm_and_how_the_command_ends_is_up_to_it(run):
+    obeys = run(b"sh", b"-c", b"sleep 1000", soft_time_limit_seconds=0.2)
+    asked = run(b"sh", b"-c", b"trap 'exit 3' TERM; sleep 1000 & wait", soft_time_limit_seconds=0.2)
+    ended = obeys.wait()
+    assert (ended.reason, ended.signal) == ("signal", signal.SIGTERM)
+    ended = asked.wait()
+    assert (ended.reason, ended.exit_code) == ("exit", 3)
+
+
+def test_after_the_soft_time_limit_the_hard_one_is_still_in_force(run):
+    mark = new_mark()
+    command = run(
+        b"sh",
+        b"-c",
+        b"trap '' TERM; sleep $0",
+        mark,
+        soft_time_limit_seconds=0.1,
+        time_limit_seconds=0.5,
+        kill_grace_seconds=0.1,
+    )
+    ended = command.wait()
+    assert (ended.reason, ended.signal) == ("time_limit", signal.SIGKILL)
+    assert living(mark) == set()
+
+
+def test_nothing_of_a_command_lives_when_its_lease_ends(run):
+    mark = new_mark()
+    until = supervisor.lease_clock() + 1.0
+    command = run(b"sh", b"-c", TREE + b"trap '' TERM; wait; wait", mark, lease_until=until, kill_grace_seconds=0.4)
+    ended = command.wait()
+    assert ended.reason == "lease"
+    assert living(mark) == set()
+    assert supervisor.lease_clock() < until + 0.5  # the signal came the grace before the end
+
+
+def test_a_lease_that_is_renewed_goes_on_and_one_that_is_over_lets_nothing_start(run, tmp_path):
+    until = supervisor.lease_clock() + 2.0
+    renewed = run(b"sh", b"-c", b"until [ -e gate ]; do sleep 0.01; done", lease_until=until, kill_grace_seconds=0.1)
+    assert renewed.pid
+    renewed.running.renew(until + 1000)
+    late = run(b"sleep", b"1000", lease_until=supervisor.lease_clock() - 1)
+    assert late.wait().reason == "lease"
+    wait_until(lambda: supervisor.lease_clock() > until, "the first lease would be over")
+    (tmp_path / "gate").touch()
+    assert renewed.wait().reason == "exit"
+
+
+def test_a_command_without_a_lease_cannot_be_given_one(run):
+    command = run(b"sh", b"-c", b"read line; exit 5")
+    command.running.renew(0.0)
+    assert command.wait().exit_code in (1, 5)
+
+
 def test_a_tree_that_keeps_forking_dies(run):
     mark = new_mark()
     # Each generation starts two and ends: no process lives for long, the tree for ever.
@@ -553,6 +606,72 @@ def test_the_death_of_a_supervisor_loses_its_command_and_leaves_nothing_of_it(ru
     wait_until(lambda: not living(mark), "the server has killed the tree")
     assert not other.over.is_set()
     assert run(b"true").wait().exit_code == 0
+
+
+def test_the_death_of_a_supervisor_is_told_when_nothing_lives_of_what_it_ran(runner, run):
+    mark = new_mark()
+    command = run(b"sh", b"-c", TREE + b"wait", mark)
+    above = parent(command.pid)
+    wait_until(lambda: len(living(mark)) >= 6, "the tree stands")
+    os.kill(server_of(runner), signal.SIGSTOP)  # nobody kills for it now
+    try:
+        os.kill(above, signal.SIGKILL)
+        wait_until(lambda: above in runner._lost, "the worker knows")
+        assert not command.ends
+        assert len(living(mark)) >= 6
+    finally:
+        os.kill(server_of(runner), signal.SIGCONT)
+    assert command.wait().reason == "lost"
+    assert living(mark) == set()
+
+
+#: A worker with a process of its pool, a subreaper that is deaf to SIGTERM, and a tree below that.
+POOL = """
+import os, signal, subprocess, sys, threading
+from aque import supervisor
+from aque.commands import Command, CommandRunner
+mark, tree = sys.argv[1:]
+runner = CommandRunner()
+runner.start()
+child = os.fork()
+if not child:
+    supervisor.become_subreaper()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.run(["sh", "-c", tree + "wait; wait; sleep $0", mark])
+runner.watch(child)
+answered = threading.Event()
+command = Command((b"true",), {b"PATH": os.environb[b"PATH"]}, b"/")
+runner.run(command, lambda pid: None, lambda *output: None, lambda ended: answered.set())
+answered.wait(20)
+print(child, runner._server.pid, flush=True)
+if sys.stdin.readline() == "stop\\n":
+    runner.stop()
+    print("stopped", flush=True)
+threading.Event().wait(60)
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["killed", "killed after it has stopped its supervisors"])
+def test_the_pool_of_a_worker_that_is_killed_is_ended_with_all_that_it_started(stopped):
+    mark = new_mark()
+    with subprocess.Popen(
+        [sys.executable, "-c", POOL, mark, TREE],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stdin is not None
+        child, server = map(int, worker.stdout.readline().split())
+        wait_until(lambda: len(living(mark)) >= 8, "the tree stands")
+        if stopped:
+            worker.stdin.write(b"stop\n")
+            worker.stdin.flush()
+            assert worker.stdout.readline() == b"stopped\n"
+            assert len(living(mark)) >= 8
+        worker.kill()
+        wait_until(lambda: not living(mark), "the tree is gone")
+        wait_until(lambda: supervisor.is_over(child) and supervisor.is_over(server), "and so are they")
 
 
 def test_commands_outlive_the_server_and_the_next_ones_get_another(runner, run):

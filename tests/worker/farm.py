@@ -315,3 +315,13 @@ def processes_with(variable: str) -> list[psutil.Process]:
         except (OSError, psutil.NoSuchProcess):
             continue
     return found
+
+
+def processes_named(word: str) -> list[psutil.Process]:
+    """The living processes with this word on their command line: an environment can be dropped, this cannot."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.NoSuchProcess):
+            if word.encode() in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0"):
+                found.append(process)
+    return found

@@ -1,9 +1,12 @@
 """A Celery app of a few lines, as people have them, with Aque added."""
 
 import os
+import subprocess
 import time
+from typing import Any
 
 from celery import Celery
+from celery.signals import celeryd_init
 
 import aque
 from tests.worker.tasks import append
@@ -32,3 +35,15 @@ def current_task_id() -> int | None:
 @app.task(base=aque.Task)  # type: ignore[untyped-decorator]
 def through_the_table(value: int) -> int:
     return value + 1
+
+
+@app.task  # type: ignore[untyped-decorator]
+def start_a_daemon(seconds: str) -> None:
+    subprocess.Popen(["setsid", "sleep", seconds])
+
+
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def start_a_helper(**_: Any) -> None:
+    """What the app needs beside its worker, if a test says so."""
+    if seconds := os.environ.get("TEST_HELPER"):
+        subprocess.Popen(["sleep", seconds])

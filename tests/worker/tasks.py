@@ -3,9 +3,12 @@
 import math
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+from celery.exceptions import SoftTimeLimitExceeded
 
 import aque
 
@@ -129,6 +132,12 @@ def deaf_to_term(path: str) -> None:
 
 
 @aque.task
+def nap(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@aque.task
 def reserve(path: str, cpus: str, seconds: float) -> None:
     """Write down when it runs and what it has reserved."""
     append(path, f"start {os.environ['AQUE_TASK_ID']} {cpus}")
@@ -140,3 +149,26 @@ def reserve(path: str, cpus: str, seconds: float) -> None:
 def record(path: str) -> None:
     """Write its id, once for each time that it runs."""
     append(path, os.environ["AQUE_TASK_ID"])
+
+
+@aque.task
+def leave_behind(seconds: str) -> list[int]:
+    """Start a process in a session of its own, and a daemon without parents and environment; return at once."""
+    subprocess.Popen(["setsid", "sleep", seconds])
+    subprocess.run(["sh", "-c", 'env -i setsid /bin/sleep "$0" & exit', seconds], check=True)
+    return [os.getpid()]
+
+
+@aque.task
+def work_until_told(path: str, tidies: bool = True, deaf: bool = False) -> str:
+    """Run into its soft time limit; say how that was."""
+    append(path, f"{os.environ['AQUE_ATTEMPT']} {os.getpid()}")
+    try:
+        wait_for(path + ".never")
+    except SoftTimeLimitExceeded:
+        if not tidies:
+            raise
+        if deaf:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            wait_for(path + ".never")
+    return "told"

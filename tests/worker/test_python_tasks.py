@@ -1,6 +1,7 @@
 """Python tasks in real workers: results, dependencies, errors, limits, kills, and children of the pool that die."""
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 
 import aque
@@ -26,7 +28,7 @@ from aque.errors import (
 )
 from tests.servers import wait_until
 from tests.worker import tasks
-from tests.worker.farm import LIMIT_SECONDS, Farm
+from tests.worker.farm import LIMIT_SECONDS, Farm, processes_named
 
 LIMIT = LIMIT_SECONDS
 
@@ -360,6 +362,63 @@ def test_a_kill_of_a_job_takes_its_members_with_it(farm: Farm, tmp_path: Path) -
     assert farm.wait_for_state(job.id, "error", "killed", "cancelled")
 
 
+def test_at_its_soft_time_limit_a_function_gets_an_exception_and_may_end_as_it_likes(
+    farm: Farm, tmp_path: Path
+) -> None:
+    task = tasks.work_until_told.apply_async((str(tmp_path / "a"),), soft_time_limit=0.3)
+    assert task.get(timeout=LIMIT) == "told"
+    task = tasks.work_until_told.apply_async((str(tmp_path / "b"), False), soft_time_limit=0.3)
+    with pytest.raises(SoftTimeLimitExceeded):
+        task.get(timeout=LIMIT)
+    assert (farm.row(task)["state"], farm.row(task)["reason"]) == ("error", "exception")
+
+
+def test_after_the_soft_time_limit_the_hard_one_is_still_in_force(farm: Farm, tmp_path: Path) -> None:
+    path = tmp_path / "started"
+    task = tasks.work_until_told.apply_async((str(path), True, True), soft_time_limit=0.2, time_limit=0.6)
+    assert farm.wait_for_state(task, "error")["reason"] == "time_limit"
+    assert all(map(is_gone, pids(path)))
+
+
+def test_a_limit_that_is_not_reached_is_not_the_next_tasks(farm: Farm) -> None:
+    quick = [tasks.add.apply_async((n, 0), soft_time_limit=1, time_limit=1.2) for n in range(6)]
+    assert [task.get(timeout=LIMIT) for task in quick] == list(range(6))
+    slow = [tasks.nap.delay(1.5) for _ in range(3)]  # in the same children, over both limits of those before
+    assert [task.get(timeout=LIMIT) for task in slow] == [1.5] * 3
+
+
+# -- what they start ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_that_a_function_started_lives_when_its_result_is_there(farm: Farm) -> None:
+    seconds = f"9{random.randrange(10**9)}"
+    tasks.leave_behind.delay(seconds).get(timeout=LIMIT)
+    assert processes_named(seconds) == []
+
+
+def test_what_an_ordinary_task_started_before_is_spared(own_farm: Farm) -> None:
+    own_farm.start_worker("-c", "1", app="tests.worker.ordinary")
+    before, during = (f"9{random.randrange(10**9)}" for _ in range(2))
+    own_farm.client().send_task("tests.worker.ordinary.start_a_daemon", (before,)).get(timeout=LIMIT)
+    tasks.leave_behind.delay(during).get(timeout=LIMIT)
+    assert processes_named(during) == []
+    (daemon,) = processes_named(before)
+    daemon.kill()
+
+
+def test_what_the_workers_own_code_started_survives_its_pool_children(own_farm: Farm, tmp_path: Path) -> None:
+    seconds = f"9{random.randrange(10**9)}"
+    own_farm.start_worker("-c", "1", app="tests.worker.ordinary", env={"TEST_HELPER": seconds})
+    path, gate = tmp_path / "started", tmp_path / "gate"
+    task = tasks.started.delay(str(path), str(gate))
+    wait_until(lambda: pids(path), LIMIT, "it runs")
+    os.kill(pids(path)[0], signal.SIGKILL)
+    gate.touch()
+    assert task.get(timeout=LIMIT) == 2
+    (helper,) = processes_named(seconds)
+    helper.kill()
+
+
 # -- children of the pool that die ------------------------------------------------------------------------------------------
 
 
@@ -396,6 +455,24 @@ def test_lost_attempts_do_not_count_as_failed_ones(farm: Farm, tmp_path: Path) -
     os.kill(pids(path)[0], signal.SIGKILL)
     gate.touch()
     assert task.get(timeout=LIMIT) == 2
+
+
+def test_a_task_that_may_not_be_requeued_ends_with_its_first_lost_attempt(farm: Farm, tmp_path: Path) -> None:
+    path = tmp_path / "started"
+    task = tasks.started.apply_async((str(path), str(tmp_path / "never")), requeue=False, max_attempts=3)
+    wait_until(lambda: pids(path), LIMIT, "it runs")
+    os.kill(pids(path)[0], signal.SIGKILL)
+    with pytest.raises(TaskLost):
+        task.get(timeout=LIMIT)
+    row = farm.row(task)
+    assert (row["state"], row["reason"], row["attempt"], row["lost"]) == ("error", "worker_lost", 1, 1)
+
+
+def test_a_strict_lease_is_refused_for_a_function(farm: Farm) -> None:
+    before = farm.counts()
+    with pytest.raises(BadInput, match="strict_lease is for commands"):
+        tasks.add.apply_async((1, 1), strict_lease=True)
+    assert farm.counts() == before
 
 
 def test_how_many_lost_attempts_end_a_task_is_a_setting(own_farm: Farm, tmp_path: Path) -> None:
