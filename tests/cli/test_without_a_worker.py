@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aque.cli.main import SUMMARIES
+from aque.store import schema
 from tests.servers import wait_until
 
 CONTRACT = [
@@ -329,7 +330,7 @@ def test_a_store_of_another_version_is_left_alone_with_exit_69(aque):
             done = aque(*words)
             assert done.status == 69 and said in done.err, words
     with sqlite3.connect(file) as connection:
-        connection.execute("UPDATE aque_schema_version SET version_num = '0001'")
+        connection.execute(f"UPDATE aque_schema_version SET version_num = '{schema.HEAD}'")
 
 
 def test_an_unreachable_database_is_exit_69_without_the_password(aque):
