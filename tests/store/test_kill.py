@@ -1,8 +1,6 @@
 """What a kill takes along, what it spares, and that it has one outcome whatever happens at the same time."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from signal import SIGKILL, SIGTERM, SIGUSR1
@@ -10,7 +8,6 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from farm import GROUP, after, claim, finish, ids, outcome, ready, run, states, submit, worker
 
 from aque import control
@@ -18,27 +15,13 @@ from aque.errors import BadInput, UnknownTask
 from aque.states import State
 from aque.store import Killed, Store
 from aque.values import Condition
+from tests.store.statements import counted
 
 MANY = 10_000
 
 
 def kill(store: Store, *task_ids: int, signal: int = SIGTERM, **options: Any) -> Killed:
     return control.kill(store, task_ids, signal, **options)
-
-
-@contextmanager
-def counted(store: Store) -> Iterator[list[str]]:
-    """The statements that are executed inside the block."""
-    seen: list[str] = []
-
-    def see(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        seen.append(statement)
-
-    sa.event.listen(store.engine, "before_cursor_execute", see)
-    try:
-        yield seen
-    finally:
-        sa.event.remove(store.engine, "before_cursor_execute", see)
 
 
 # -- dependencies ---------------------------------------------------------------------------------------------------------
