@@ -19,7 +19,9 @@ FEW = 20
 
 @click.command(name="kill")
 @click.option("-s", "--signal", "wanted", metavar="SIG", default="TERM", help="The signal, by name or number (TERM).")
-@click.option("--grace", metavar="TIME", callback=in_seconds, help="Until SIGKILL; else as the worker is set (10s).")
+@click.option(
+    "--grace", metavar="TIME", callback=in_seconds, help="From the signal to SIGKILL; else what the worker is set to."
+)
 @click.option("-r", "--dependencies", is_flag=True, help="Also what they depend on, unless others still need it.")
 @click.option("--dependents", is_flag=True, help="Also what depends on them.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")

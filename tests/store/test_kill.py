@@ -1,5 +1,6 @@
 """What a kill takes along, what it spares, and that it has one outcome whatever happens at the same time."""
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -180,6 +181,45 @@ def test_both_ways_together_take_what_the_dependents_need(store: Store) -> None:
     )
     killed = kill(store, a, dependencies=True, dependents=True)
     assert (killed.cancelled, killed.spared) == ([before, a, beside, b], [shared])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_a_recursive_kill_takes_of_a_random_graph_is_what_nobody_else_needs(store: Store, seed: int) -> None:
+    rng = random.Random(seed)
+    new = ids(store, 60)
+    graph = {i: rng.sample(new[max(0, n - 8) : n], min(n, rng.randrange(4))) for n, i in enumerate(new)}
+    parents = {i: rng.choice(new[:n]) for n, i in enumerate(new) if n and rng.random() < 0.1}
+    submit(store, [replace(after(i, *graph[i]), parent_id=parents.get(i)) for i in new])
+    me = worker(store)
+    for _ in range(rng.randrange(4)):
+        run(store, me, *rng.sample(ready(store), min(3, len(ready(store)))))
+    done = {i for i, state in states(store).items() if state == "success"}
+    wanted = rng.choice([i for i in new if i not in done])
+    # Drop from all that can be reached what others need, until nobody needs any of it.
+    taken = set(new)
+    doomed = {wanted}
+    for i in new:
+        if doomed & set(graph[i]):
+            doomed.add(i)
+    while True:
+        reached, look = {wanted}, [wanted]
+        while look:
+            task = look.pop()
+            children = {i for i, parent in parents.items() if parent == task}
+            found = (set(graph[task]) - done | children) & taken - reached
+            reached |= found
+            look += found
+        needed = {up for i in new if i not in reached | done | doomed for up in graph[i]} - {wanted}
+        if not needed & reached and reached == taken:
+            break
+        taken = reached - needed | {wanted}
+    taken -= done
+    killed = kill(store, wanted, dependencies=True)
+    assert set(killed.cancelled) <= taken
+    # A child of what is spared is spared with it, also where something that is killed depends on it.
+    assert taken - set(killed.cancelled) <= set(killed.spared)
+    for i in killed.spared:
+        assert states(store)[i] not in ("cancelled", "skipped") or i in doomed
 
 
 # -- dry runs, grace, unknown ids -----------------------------------------------------------------------------------------
