@@ -33,8 +33,10 @@ def kill(
     either also the children of all of these. What runs has `grace_seconds` to end (None: the worker's setting) until it gets
     SIGKILL; a later kill can shorten them. A `dry_run` does it all and takes it back.
 
-    Raises UnknownTask, and then nothing was killed.
+    Raises UnknownTask or BadInput, and then nothing was killed.
     """
+    if grace_seconds is not None and not 0 <= grace_seconds < float("inf"):
+        raise BadInput(f"the grace of a kill must be seconds, 0 or more, not {grace_seconds!r}. Nothing was killed.")
     wanted = list(ids)
 
     def work() -> Killed:

@@ -22,8 +22,8 @@ ALL_DRAINING = (
     "every running worker is draining, so nothing more is started: `aque workers undrain NAME` lets one go on, "
     "and `aque worker` starts another."
 )
-#: Live output is looked for so often: workers store it about as often.
-LIVE_SECONDS = 0.2
+#: Live output is looked for so often; workers store it half as often.
+LIVE_SECONDS = 0.1
 
 
 @contextmanager

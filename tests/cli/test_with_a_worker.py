@@ -334,9 +334,12 @@ def test_a_worker_is_drained_and_undrained_by_its_name(served):
     task_id = int(process.stderr.readline())
     assert "the worker that could run it is draining" in process.stderr.readline()
     assert "is draining" in served("status", str(task_id)).out
+    watching = served.start("output", "-w", str(task_id))
+    assert watching.stderr is not None
+    assert "every running worker is draining" in watching.stderr.readline()
     assert served.state(task_id) == "ready"
     assert served("workers", "undrain", name).out == f"{name} claims again; it runs 0 tasks\n"
-    assert process.communicate(timeout=20)[0] == "ran\n"
+    assert process.communicate(timeout=20)[0] == watching.communicate(timeout=20)[0] == "ran\n"
     assert "live" in served("workers").out
 
 
