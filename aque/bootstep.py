@@ -107,7 +107,7 @@ class AqueWorker:
         self.scheduler.start()
         self.heartbeat.start()
 
-    def register(self) -> int:
+    def register(self, draining: bool = False) -> int:
         """A new incarnation of this worker in the table; its id."""
         pid = os.getpid()
         before = lease_clock()
@@ -143,6 +143,7 @@ class AqueWorker:
                     switches_user=self.switches_user,
                     containment="subreaper",
                 ),
+                draining,
             )
         self.worker_id = worker_id
         self.runner.lease_until = before + self.settings.lease_seconds
@@ -150,7 +151,7 @@ class AqueWorker:
 
     def lost(self) -> int:
         """Others have this worker's tasks: kill them here, and go on as a new worker."""
-        worker_id = self.register()
+        worker_id = self.register(self.scheduler.is_drained)
         self.scheduler.lost(worker_id)
         return worker_id
 

@@ -65,9 +65,23 @@ class Handle(AsyncResult):
             raise UnknownTask([self.id], "It cannot be used.")
         return found[self.id]
 
-    def kill(self, signal: str | int = "TERM") -> None:
-        """Withdraw the task if it waits, signal it if it runs."""
-        control.kill(farm_of(self.app).store, [self.number], control.parse_signal(signal))
+    def kill(
+        self,
+        signal: str | int = "TERM",
+        *,
+        grace_seconds: float | None = None,
+        dependencies: bool = False,
+        dependents: bool = False,
+    ) -> None:
+        """Withdraw the task if it waits, signal it if it runs; the options are those of `aque kill`."""
+        control.kill(
+            farm_of(self.app).store,
+            [self.number],
+            control.parse_signal(signal),
+            grace_seconds=grace_seconds,
+            dependencies=dependencies,
+            dependents=dependents,
+        )
 
 
 codec.register_handle(Handle, lambda handle: handle.number)

@@ -22,6 +22,7 @@ class Place:
     whole: Capacity
     user: str = ""  #: whose tasks it runs; empty: whoever's, as itself
     switches_user: bool = False  #: it runs the tasks of other users as these
+    draining: bool = False  #: it claims nothing, as a person asked
 
 
 def is_own(task: Requirement | ClaimedTask, place: Place) -> bool:
@@ -71,8 +72,15 @@ def why_nowhere(requirement: Requirement, places: Sequence[Place]) -> str | None
     if not places:
         return "no live worker"
     reasons = [why_never(requirement, place) for place in places]
-    if any(reason is None for reason in reasons):
+    able = [place for place, reason in zip(places, reasons, strict=True) if reason is None]
+    if any(not place.draining for place in able):
         return None
+    if able:
+        return (
+            "the worker that could run it is draining"
+            if len(able) == 1
+            else "the workers that could run it are draining"
+        )
     served = [place for place in places if requirement.queue in place.queues]
     if not served:
         return f"no worker serves queue {requirement.queue!r}"

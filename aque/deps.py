@@ -1,7 +1,7 @@
 """The graph: insertion order, cycles, what each task waits for, and what an outcome makes impossible."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aque.errors import Cycle
@@ -99,3 +99,18 @@ def starts(
 def group_end(members: Iterable[State]) -> State:
     """How a group ends whose members have ended: success if all of them succeeded."""
     return State.SUCCESS if all(state is State.SUCCESS for state in members) else State.ERROR
+
+
+def needed(by: Iterable[int], needs: Iterable[tuple[int, int]], without: Collection[int]) -> set[int]:
+    """What the tasks `by` need, and what that needs, and so on: `needs` holds pairs (needed task, task that needs it).
+    Nothing in `without` counts, nor what is needed only because of that."""
+    upstream: dict[int, list[int]] = {}
+    for needed_task, task in needs:
+        upstream.setdefault(task, []).append(needed_task)
+    found: set[int] = set()
+    look = list(by)
+    while look:
+        new = {i for i in upstream.get(look.pop(), ()) if i not in found and i not in without}
+        found |= new
+        look += new
+    return found

@@ -68,6 +68,7 @@ class Entry:
     began: float
     attempt: Running | None = None
     kill_signal: int | None = None  #: it is being killed with this
+    kill_grace: float = 0.0  #: then: the grace that it was told, in seconds
     kill_at: float = 0.0  #: then: when SIGKILL is due
 
 
@@ -138,7 +139,8 @@ class Scheduler:
         self._look_kills = True
         self._waiting = False  #: at the last look there was more than fitted
         self._started_any = False
-        self._draining = False
+        self._draining = False  #: for good: this worker stops
+        self._drained = False  #: as a person asked, who may want it to go on
         #: (id, token) of tasks killed only because this worker stops or is lost: to be given back
         self._abandoned: set[tuple[int, int]] = set()
         self._stopped = threading.Event()
@@ -218,13 +220,18 @@ class Scheduler:
             len(entries),
         )
         for entry in entries:
-            self._kill(entry, 9)
+            self._kill(entry, 9, self._settings.kill_grace_seconds)
         self.look()
 
     def running(self) -> list[ClaimedTask]:
         """What runs now."""
         with self._lock:
             return [entry.task for entry in self._running.values()]
+
+    @property
+    def is_drained(self) -> bool:
+        """True while a person wants this worker to claim nothing."""
+        return self._drained
 
     def drain(self) -> None:
         """Claim nothing more, and give back what has not started."""
@@ -260,7 +267,7 @@ class Scheduler:
             self._abandoned |= {(entry.task.id, entry.task.token) for entry in left}
         for entry in left:
             logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
-            self._kill(entry, 9)
+            self._kill(entry, 9, self._settings.kill_grace_seconds)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -325,11 +332,13 @@ class Scheduler:
             self._give_back_unknown(connection)
         if self._look_kills:
             self._look_kills = False
-            self._carry_out_kills(self._store.requested_kills(connection, self._worker_id))
+            orders = self._store.orders(connection, self._worker_id)
+            self._obey_drain(orders.draining)
+            self._carry_out_kills(orders.kills)
         self._escalate_kills()
         if self._is_urgent():
             self._abandon()
-        if self._draining or self._is_buffer_stale():
+        if self._draining or self._drained or self._is_buffer_stale():
             self._return_buffer()
         picked = self._look(connection)
         # Read before the batch is taken: what ends after that is free here, and not yet in the table.
@@ -350,7 +359,8 @@ class Scheduler:
             done = self._until == "one" and self._started_any
             full = buffered > chooser.BUFFER_TASKS // 2
             early = full and time.monotonic() - self._looked_at < LOOK_SECONDS
-            if not self._look_ready or self._draining or self._finish_only or done or early:
+            idle = self._draining or self._drained or done
+            if not self._look_ready or idle or self._finish_only or early:
                 return claimer.Picked([], [], self._waiting)
             self._look_ready = False
             self._looked_at = time.monotonic()
@@ -398,7 +408,8 @@ class Scheduler:
                 finished = finisher.finish(
                     self._store, connection, batch.outcomes, self._settings.max_lost, self._one_by_one
                 )
-                if finished.ready and not self._draining and not self._finish_only and self._until != "one":
+                idle = self._draining or self._drained or self._until == "one"
+                if finished.ready and not idle and not self._finish_only:
                     reserved += self._reserve(self._claimer.choose_released(connection, finished.ready, free))
                 started = self._claimer.claim(connection, reserved, self._worker_id, token, State.RUNNING)
                 buffered = self._claimer.claim(connection, picked.ahead, self._worker_id, token + 1, State.CLAIMED)
@@ -507,13 +518,13 @@ class Scheduler:
             entry.attempt = attempt
             number = entry.kill_signal
         if number is not None:
-            attempt.kill(number, self._settings.kill_grace_seconds)
+            attempt.kill(number, entry.kill_grace)
 
     def _start_buffered(self) -> None:
         """Start what was claimed ahead, as far as it fits."""
         while True:
             with self._lock:
-                if not self._buffer or self._draining:
+                if not self._buffer or self._draining or self._drained:
                     return
                 need = self._claimer.need(self._buffer[0].class_id)
                 if not self._ledger.try_reserve(need):
@@ -538,7 +549,19 @@ class Scheduler:
             self._batch.returned += [(task.id, task.token) for task in self._buffer]
             self._buffer.clear()
 
-    # -- kills --------------------------------------------------------------------------------------------------------
+    # -- kills, and other orders --------------------------------------------------------------------------------------
+
+    def _obey_drain(self, wanted: bool) -> None:
+        """Claim nothing while a person wants it so: what the table refuses to give need not be asked for."""
+        with self._lock:
+            if wanted == self._drained:
+                return
+            self._drained = wanted
+            if not wanted:
+                self._look_ready = self._claim_ahead = True
+        logger.warning(
+            "this worker %s, as a person asked", "is drained: it claims nothing" if wanted else "claims again"
+        )
 
     def _carry_out_kills(self, kills: list[Kill]) -> None:
         for kill in kills:
@@ -550,8 +573,9 @@ class Scheduler:
             if entry is None or not is_running:
                 continue
             if kill.signal in ENDING_SIGNALS:
-                if entry.kill_signal != kill.signal:
-                    self._kill(entry, kill.signal)
+                grace = self._settings.kill_grace_seconds if kill.grace_seconds is None else kill.grace_seconds
+                if entry.kill_signal != kill.signal or grace < entry.kill_grace:
+                    self._kill(entry, kill.signal, grace)
             elif entry.attempt is not None:
                 entry.attempt.signal(kill.signal)
                 with self._lock:
@@ -571,10 +595,13 @@ class Scheduler:
         self._batch.returned = [returned for returned in self._batch.returned if returned != claim]
         self._batch.outcomes.append(Outcome(kill.id, kill.attempt, kill.token, state, Reason.REQUEST))
 
-    def _kill(self, entry: Entry, number: int) -> None:
-        grace = self._settings.kill_grace_seconds
+    def _kill(self, entry: Entry, number: int, grace: float) -> None:
+        """End a task. One that is being killed already keeps the grace that ends first."""
+        kill_at = time.monotonic() + grace
         with self._lock:
-            entry.kill_signal, entry.kill_at = number, time.monotonic() + grace
+            if entry.kill_signal is not None:
+                grace, kill_at = min(grace, entry.kill_grace), min(kill_at, entry.kill_at)
+            entry.kill_signal, entry.kill_grace, entry.kill_at = number, grace, kill_at
             attempt = entry.attempt
         if attempt is not None:
             attempt.kill(number, grace)

@@ -62,7 +62,7 @@ def place(row: WorkerRow) -> Place:
     """A registered worker as the choice sees it."""
     info = row.info
     whole = Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots)
-    return Place(info.host, info.platform, frozenset(info.queues), whole, info.user, info.switches_user)
+    return Place(info.host, info.platform, frozenset(info.queues), whole, info.user, info.switches_user, row.draining)
 
 
 def batches(ids: Iterable[int]) -> Iterator[list[int]]:

@@ -1,36 +1,85 @@
 """`aque kill`: end tasks, or withdraw them before they start."""
 
+from collections import Counter
+from collections.abc import Collection
+
 import click
 
 from aque import control
 from aque.cli import ids
 from aque.cli.farm import open_farm
+from aque.cli.options import in_seconds
+from aque.cli.show import count
+from aque.states import COMPLETE_STATES
+from aque.store import Killed
+
+#: So many ids are listed one by one.
+FEW = 20
 
 
 @click.command(name="kill")
 @click.option("-s", "--signal", "wanted", metavar="SIG", default="TERM", help="The signal, by name or number (TERM).")
+@click.option(
+    "--grace", metavar="TIME", callback=in_seconds, help="From the signal to SIGKILL; else what the worker is set to."
+)
+@click.option("-r", "--dependencies", is_flag=True, help="Also what they depend on, unless others still need it.")
+@click.option("--dependents", is_flag=True, help="Also what depends on them.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.argument("words", metavar="IDS...", nargs=-1, required=True)
-def command(words: tuple[str, ...], wanted: str) -> int:
+def command(
+    words: tuple[str, ...], wanted: str, grace: float | None, dependencies: bool, dependents: bool, dry_run: bool
+) -> int:
     """End tasks: those that have not started are cancelled, those that run are signalled.
 
     TERM, KILL, INT, QUIT, HUP and ABRT end a task with everything that it started; other signals are only delivered. A
-    job's id stands for all of its tasks. Exits with 1 if there was nothing left to do.
+    job's id stands for all of its tasks. With -r or --dependents the tasks' children go too. Exits with 1 if there was
+    nothing left to do.
 
     \b
     aque kill 12
     aque kill -s USR1 12,13
-    aque kill @last
+    aque kill -r --dry-run 12
+    aque kill --grace 2s @last
     """
     signal = control.parse_signal(wanted)
     with open_farm() as farm:
-        killed = control.kill(farm.store, ids.resolve(farm, words, "Nothing was killed."), signal)
+        killed = control.kill(
+            farm.store,
+            ids.resolve(farm, words, "Nothing was killed."),
+            signal,
+            grace_seconds=grace,
+            dependencies=dependencies,
+            dependents=dependents,
+            dry_run=dry_run,
+        )
+    print("\n".join(_planned(killed)) if dry_run else ", ".join(_done(killed)) or "nothing to do")
+    return 0 if killed.cancelled or killed.requested or killed.skipped else 1
+
+
+def _done(killed: Killed) -> list[str]:
     done = {
-        "cancelled": len(killed.cancelled),
-        "signalled": len(killed.requested),
-        "skipped": len(killed.skipped),
+        "cancelled": killed.cancelled,
+        "signalled": killed.requested,
+        "skipped": killed.skipped,
+        "spared, others need it": killed.spared,
     }
-    parts = [f"{number} {what}" for what, number in done.items() if number]
-    for state in sorted(set(killed.untouched.values())):
-        parts.append(f"{list(killed.untouched.values()).count(state)} already {state}, left as it is")
-    print(", ".join(parts) or "nothing to do")
-    return 0 if any(done.values()) else 1
+    parts = [f"{len(found)} {what}" for what, found in done.items() if found]
+    for state, number in sorted(Counter(killed.untouched.values()).items()):
+        already = "already " if state in COMPLETE_STATES else ""
+        parts.append(f"{number} {already}{state}, left as it is")
+    return parts
+
+
+def _planned(killed: Killed) -> list[str]:
+    plan = {
+        "would cancel": killed.cancelled,
+        "would signal": killed.requested,
+        "would skip": killed.skipped,
+        "would spare, because others need it,": killed.spared,
+        "would leave as it is": killed.untouched,
+    }
+    return [f"{what} {_named(found)}" for what, found in plan.items() if found] or ["nothing to do"]
+
+
+def _named(found: Collection[int]) -> str:
+    return count(len(found), "task") + (f": {', '.join(map(str, sorted(found)))}" if len(found) <= FEW else "")

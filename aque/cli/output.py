@@ -10,45 +10,52 @@ from aque.errors import BadInput
 
 @click.command(name="output")
 @click.option("-w", "--watch", is_flag=True, help="Go on until the tasks have ended.")
+@click.option("--tag", is_flag=True, help="Begin each line with the id of its task and a tab.")
 @click.option("--stderr", "only_stderr", is_flag=True, help="Print only what went to stderr, on stdout.")
 @click.option("--attempt", metavar="N", type=click.IntRange(min=1), help="Of this attempt; else of the latest.")
 @click.argument("words", metavar="IDS...", nargs=-1, required=True)
-def command(words: tuple[str, ...], watch: bool, only_stderr: bool, attempt: int | None) -> int:
+def command(words: tuple[str, ...], watch: bool, tag: bool, only_stderr: bool, attempt: int | None) -> int:
     """Print what tasks wrote, byte for byte: their stdout on stdout, their stderr on stderr.
 
-    Of several tasks one after another; a job's id stands for all of its tasks.
+    Of several tasks one after another, with --watch as they write it; a job's id stands for all of its tasks.
 
     \b
     aque output 12
     aque output -w @last
+    aque output -w --tag 12,13
     aque output --stderr --attempt 1 12
     """
     if watch and attempt:
         raise BadInput("--watch follows the latest attempt: leave --attempt out.")
+    both = {captured.STDOUT: captured.STDOUT, captured.STDERR: captured.STDERR}
+    streams = {captured.STDERR: captured.STDOUT} if only_stderr else both
+    printer = captured.TaggedPrinter(streams) if tag else captured.Printer(streams)
     with open_farm() as farm:
         wanted = farm.members(ids.resolve(farm, words))
         if watch:
-            return _follow(farm, wanted, only_stderr)
-        if not only_stderr and attempt is None:
+            return _follow(farm, wanted, list(streams), printer)
+        if not only_stderr and attempt is None and not tag:
             captured.copy(farm, wanted)
             return 0
-        for row in list(farm.rows(wanted, ["id", "attempt"])):
-            for fd in (captured.STDERR,) if only_stderr else (captured.STDOUT, captured.STDERR):
-                for data in captured.pieces(farm, row["id"], attempt or row["attempt"], fd):
-                    captured.write(captured.STDOUT if only_stderr else fd, data)
+        attempts = {row["id"]: attempt or row["attempt"] for row in farm.rows(wanted, ["id", "attempt"])}
+        for task_id in wanted:
+            for fd in streams:
+                for data in captured.pieces(farm, task_id, attempts[task_id], fd):
+                    printer.write((task_id, attempts[task_id], fd), data)
+            printer.end(task_id)
         return 0
 
 
-def _follow(farm: Farm, wanted: list[int], only_stderr: bool) -> int:
+def _follow(farm: Farm, wanted: list[int], streams: list[int], printer: captured.Printer) -> int:
     waiting.hint_if_no_worker(farm, wanted)
+    tail = captured.Tail(farm, wanted, streams)
     try:
-        for task_id in wanted:
-            tail = captured.Tail(
-                farm, task_id, [captured.STDERR] if only_stderr else [captured.STDOUT, captured.STDERR]
-            )
-            for _ in waiting.until_ended(farm, [task_id], every=waiting.LIVE_SECONDS):
-                for fd, data in tail.read():
-                    captured.write(captured.STDOUT if only_stderr else fd, data)
+        for done in waiting.until_ended(farm, wanted, every=waiting.LIVE_SECONDS):
+            for stream, data in tail.read():
+                printer.write(stream, data)
+            tail.drop(done)
+            for task_id in done:
+                printer.end(task_id)
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

@@ -78,7 +78,7 @@ def print_id(spec: TaskSpec, state: State, as_line_of_json: bool, waits: bool) -
 def _wait(farm: Farm, spec: TaskSpec, live: bool, local: bool) -> int:
     try:
         with waiting.someone_to_run(farm, [spec], local) as worker:
-            tail = captured.Tail(farm, spec.id)
+            tail = captured.Tail(farm, [spec.id])
             for _ in waiting.until_ended(farm, [spec.id], local=worker, every=waiting.LIVE_SECONDS if live else 1.0):
                 if live:
                     tail.copy()

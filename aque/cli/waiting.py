@@ -18,8 +18,12 @@ NO_WORKER = (
     "no worker is running, so nothing happens until one is: start one with `aque worker` in another terminal, "
     "or let submit, call and xargs start one with --local."
 )
-#: Live output is looked for so often: workers store it about as often.
-LIVE_SECONDS = 0.2
+ALL_DRAINING = (
+    "every running worker is draining, so nothing more is started: `aque workers undrain NAME` lets one go on, "
+    "and `aque worker` starts another."
+)
+#: Live output is looked for so often; workers store it half as often.
+LIVE_SECONDS = 0.1
 
 
 @contextmanager
@@ -42,8 +46,11 @@ def someone_to_run(farm: Farm, specs: Sequence[TaskSpec], local: bool) -> Iterat
 def hint_if_no_worker(farm: Farm, ids: Iterable[int]) -> None:
     """Say so if these tasks have not all ended and no worker runs."""
     unfinished = any(State(row["state"]) not in COMPLETE_STATES for row in farm.rows(list(ids), ["state"]))
-    if unfinished and not farm.places():
+    places = farm.places() if unfinished else []
+    if unfinished and not places:
         complain(NO_WORKER)
+    elif unfinished and all(place.draining for place in places):
+        complain(ALL_DRAINING)
 
 
 def until_ended(

@@ -1,4 +1,4 @@
-"""`aque workers`: list workers."""
+"""`aque workers`: list workers, drain them."""
 
 import time
 from datetime import UTC, datetime
@@ -6,29 +6,73 @@ from fractions import Fraction
 
 import click
 
+from aque import control
 from aque.cli.farm import open_farm
-from aque.cli.show import as_json, columns, span
+from aque.cli.show import as_json, columns, count, escape, span
 from aque.resources import format_cpus, format_memory
 from aque.store import WorkerRow
 
 
-@click.command(name="workers")
+@click.group(name="workers", invoke_without_command=True)
 @click.option("--json", "as_lines_of_json", is_flag=True, help="Print one JSON object a line.")
 @click.option("--all", "everyone", is_flag=True, help="Also those that have stopped or were lost.")
-def command(as_lines_of_json: bool, everyone: bool) -> int:
+@click.pass_context
+def command(context: click.Context, as_lines_of_json: bool, everyone: bool) -> int:
     """List the workers that are alive, what they have, and how much of it is reserved.
 
     \b
     aque workers
     aque workers --all --json
+    aque workers drain celery@node7
     """
+    return 0 if context.invoked_subcommand else _list(as_lines_of_json, everyone)
+
+
+@command.command(name="drain")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+def drain(names: tuple[str, ...]) -> int:
+    """Let workers claim nothing more. What they run goes on, and they stay registered, until `undrain` or their end.
+
+    Ordinary Celery tasks, which come as messages, still reach them.
+
+    \b
+    aque workers drain celery@node7
+    """
+    return _drain(names, True)
+
+
+@command.command(name="undrain")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+def undrain(names: tuple[str, ...]) -> int:
+    """Let drained workers claim again.
+
+    \b
+    aque workers undrain celery@node7
+    """
+    return _drain(names, False)
+
+
+def _drain(names: tuple[str, ...], wanted: bool) -> int:
+    with open_farm() as farm:
+        changed = control.drain(farm.store, names, wanted)
+        with farm.store.connect() as connection:
+            rows = [row for row in farm.store.live_workers(connection) if row.info.id in changed]
+            running = farm.store.running(connection)
+    for row in rows:
+        number, _ = running.get(row.info.id, (0, Fraction(0)))
+        what = "drains, it claims nothing more" if wanted else "claims again"
+        print(f"{escape(row.info.name)} {what}; it runs {count(number, 'task')}")
+    return 0
+
+
+def _list(as_lines_of_json: bool, everyone: bool) -> int:
     with open_farm() as farm, farm.store.connect() as connection:
         rows = [row for row in farm.store.workers(connection) if everyone or row.is_live]
         running = farm.store.running(connection)
     if as_lines_of_json:
         for row in rows:
-            count, cpus = running.get(row.info.id, (0, Fraction(0)))
-            print(as_json(_values(row, count, cpus)))
+            number, cpus = running.get(row.info.id, (0, Fraction(0)))
+            print(as_json(_values(row, number, cpus)))
         return 0
     if not rows:
         print("no worker is running: start one with `aque worker`.")
@@ -37,7 +81,7 @@ def command(as_lines_of_json: bool, everyone: bool) -> int:
     table = []
     now = time.time()
     for row in rows:
-        count, cpus = running.get(row.info.id, (0, Fraction(0)))
+        number, cpus = running.get(row.info.id, (0, Fraction(0)))
         table.append(
             [
                 row.info.name,
@@ -46,7 +90,7 @@ def command(as_lines_of_json: bool, everyone: bool) -> int:
                 str(row.info.pid),
                 format_cpus(Fraction(row.info.cpus)),
                 _memory(row.info.memory_bytes),
-                str(count),
+                str(number),
                 f"{format_cpus(cpus)} cpus",
                 ",".join(row.info.queues),
                 span(now - row.started_at),
@@ -59,6 +103,8 @@ def command(as_lines_of_json: bool, everyone: bool) -> int:
 
 def _state(row: WorkerRow) -> str:
     """A worker whose lease has run out is lost, whether or not another one has noticed."""
+    if row.is_live and row.draining:
+        return "draining"
     return "lost" if row.state == "live" and not row.is_live else row.state
 
 
@@ -70,7 +116,7 @@ def _memory(memory_bytes: int) -> str:
     return format_memory(memory_bytes)
 
 
-def _values(row: WorkerRow, count: int, cpus: Fraction) -> dict[str, object]:
+def _values(row: WorkerRow, number: int, cpus: Fraction) -> dict[str, object]:
     return {
         "id": row.info.id,
         "name": row.info.name,
@@ -80,7 +126,7 @@ def _values(row: WorkerRow, count: int, cpus: Fraction) -> dict[str, object]:
         "cpus": row.info.cpus,
         "memory": row.info.memory_bytes,
         "python_slots": row.info.python_slots,
-        "running": count,
+        "running": number,
         "reserved_cpus": str(cpus),
         "queues": row.info.queues,
         "platform": row.info.platform,

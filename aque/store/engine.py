@@ -353,6 +353,50 @@ def per_class(
     return sa.select(lateral).select_from(wanted.join(lateral, sa.true()))
 
 
+def first_of_each(
+    dialect: str, wanted: Any, table: sa.Table, same: Sequence[Any], number: Any, after: Any, limit: str
+) -> sa.Select[Any]:
+    """For each row of `wanted` the first `limit` rows of `table` for which `same` holds and whose `number` is greater than
+    `after`, a column of `wanted`. `same` and `number` are the table's primary key.
+
+    PostgreSQL: LATERAL, as in `per_class`. SQLite bounds the numbers by the last of the first so many.
+    """
+    count = sa.bindparam(limit, type_=sa.Integer)
+    chosen = sa.and_(*same, number > after)
+    if dialect == "sqlite":
+        inner = table.alias("inner_row")
+        adapt: Any = sa.sql.util.ClauseAdapter(inner).traverse
+        first = sa.select(inner.c[number.key]).where(adapt(chosen)).order_by(inner.c[number.key]).limit(count)
+        last = sa.select(sa.func.max(first.correlate(wanted).subquery().c[number.key])).correlate(wanted)
+        return (
+            sa.select(table)
+            .select_from(wanted.join(table, chosen))
+            .where(number <= last.scalar_subquery())
+            .order_by(number)
+        )
+    lateral: Any = sa.select(table).where(chosen).order_by(number).limit(count).correlate(wanted).lateral("first")
+    return sa.select(lateral).select_from(wanted.join(lateral, sa.true())).order_by(lateral.c[number.key])
+
+
+def closure(dialect: str, first: Any, links: Sequence[tuple[Any, Any, Any]]) -> sa.CTE:
+    """The ids in `first` and all that `links` lead to from there, as a recursive CTE with the column `id`. A link is a
+    source column, a target column, and what must be true of its row.
+
+    SQLite takes a recursive step per link, PostgreSQL a single one. There it is LATERAL behind an OFFSET, which leaves no
+    choice but to look up each id in an index: joined in any other way, the step may read the whole table of edges for each
+    level of the graph (a chain of 10,000 in tables without statistics: 33 s against 0.1 s).
+    """
+    found: sa.CTE = first.cte("found", recursive=True)
+    if dialect == "sqlite":
+        return found.union(*[sa.select(target).where(source == found.c.id, where) for source, target, where in links])
+    ways = [
+        sa.select(target.label("target")).where(source == found.c.id, where).correlate(found)
+        for source, target, where in links
+    ]
+    reached: Any = sa.union_all(*ways).offset(sa.literal_column("0")).lateral("reached")
+    return found.union(sa.select(reached.c.target).select_from(found.join(reached, sa.true())))
+
+
 def copy_rows(
     connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 ) -> None:

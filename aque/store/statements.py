@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from aque.states import ACTIVE_STATES, COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
-from aque.store.engine import lease_clock, one_of, per_class, row_set, wall_clock
+from aque.store.engine import closure, first_of_each, lease_clock, one_of, per_class, row_set, wall_clock
 from aque.store.tables import attempt, edge, environment, output, payload, requirement, result, sequence, task, worker
 from aque.values import Condition, Pattern
 
@@ -139,10 +139,14 @@ def candidates(dialect: str) -> Statement:
 def _claim(dialect: str) -> Any:
     """Give the ready tasks among `ids` to `to_worker` in `to_state` (claimed or running). Others may have been faster."""
     # A CTE, not a subquery: PostgreSQL may run a subquery again and lock other rows.
-    # A worker that has been declared lost claims nothing: its row is held until this has committed.
+    # A worker that has been declared lost or is drained claims nothing: its row is held until this has committed.
     me = (
         sa.select(worker.c.id)
-        .where(worker.c.id == sa.bindparam("to_worker", type_=sa.BigInteger), worker.c.state == "live")
+        .where(
+            worker.c.id == sa.bindparam("to_worker", type_=sa.BigInteger),
+            worker.c.state == "live",
+            sa.not_(worker.c.draining),
+        )
         .with_for_update(read=True)
         .cte("me")
     )
@@ -441,10 +445,7 @@ def doomed(dialect: str) -> Statement:
     first = sa.select(edge.c.downstream.label("id")).where(
         one_of(dialect, edge.c.upstream, "ids"), sa.not_(edge.c.satisfied), sa.not_(_matches(dialect))
     )
-    found = first.cte("found", recursive=True)
-    found = found.union(
-        sa.select(edge.c.downstream).where(edge.c.upstream == found.c.id, edge.c.condition == Condition.OK)
-    )
+    found = closure(dialect, first, [(edge.c.upstream, edge.c.downstream, edge.c.condition == Condition.OK)])
     return sa.select(found.c.id)
 
 
@@ -537,15 +538,75 @@ def completed(dialect: str) -> Statement:
 
 
 @cache
-def lock_tasks(dialect: str) -> Statement:
-    """State of these tasks (`ids`) and of the members of those that are jobs, locked in order until the transaction ends."""
+def with_members(dialect: str) -> Statement:
+    """State of these tasks (`ids`) and of the members of those that are jobs."""
     member = sa.and_(one_of(dialect, task.c.job_id, "ids"), task.c.job_id != task.c.id)
+    return sa.select(task.c.id, task.c.state).where(sa.or_(one_of(dialect, task.c.id, "ids"), member))
+
+
+@cache
+def lock_with_members(dialect: str) -> Statement:
+    """The same, locked in order until the transaction ends."""
+    return _in_order_of_locks(with_members(dialect))
+
+
+@cache
+def lock_tasks(dialect: str) -> Statement:
+    """State of these tasks (`ids`), locked in order until the transaction ends."""
+    return _in_order_of_locks(sa.select(task.c.id, task.c.state).where(one_of(dialect, task.c.id, "ids")))
+
+
+def _in_order_of_locks(tasks: sa.Select[Any]) -> sa.Select[Any]:
+    return tasks.order_by(task.c.requirement_id.is_(None), task.c.id).with_for_update(of=task)
+
+
+@cache
+def upstream(dialect: str) -> Statement:
+    """These tasks (`ids`), what they depend on, their children, and so on. What has succeeded is left out, and so is what
+    is only behind it: all that it depended on is over."""
+    node = task.alias("node")
+    state = sa.select(node.c.state).where(node.c.id == edge.c.upstream).correlate(edge).scalar_subquery()
+    links = [(edge.c.downstream, edge.c.upstream, state != State.SUCCESS), _CHILDREN]
+    return sa.select(closure(dialect, _these(dialect), links).c.id)
+
+
+@cache
+def downstream(dialect: str) -> Statement:
+    """These tasks (`ids`), what depends on them, their children, and so on."""
+    links = [(edge.c.upstream, edge.c.downstream, sa.true()), _CHILDREN]
+    return sa.select(closure(dialect, _these(dialect), links).c.id)
+
+
+#: From a task to its children.
+_CHILDREN = (task.c.parent_id, task.c.id, sa.true())
+
+
+def _these(dialect: str) -> sa.Select[Any]:
+    return sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"))
+
+
+@cache
+def unfinished(dialect: str) -> Statement:
+    """Those of these tasks (`ids`) that are not complete."""
+    is_group = task.c.requirement_id.is_(None).label("is_group")
+    return sa.select(task.c.id, is_group).where(one_of(dialect, task.c.id, "ids"), sa.not_(_in_states(COMPLETE_STATES)))
+
+
+@cache
+def open_dependents(dialect: str) -> Statement:
+    """Edges out of these tasks (`ids`) whose dependents are not complete."""
+    is_group = task.c.requirement_id.is_(None).label("is_group")
     return (
-        sa.select(task.c.id, task.c.state)
-        .where(sa.or_(one_of(dialect, task.c.id, "ids"), member))
-        .order_by(task.c.requirement_id.is_(None), task.c.id)
-        .with_for_update(of=task)
+        sa.select(edge.c.upstream, edge.c.downstream, is_group)
+        .select_from(edge.join(task, task.c.id == edge.c.downstream))
+        .where(one_of(dialect, edge.c.upstream, "ids"), sa.not_(_in_states(COMPLETE_STATES)))
     )
+
+
+@cache
+def children(dialect: str) -> Statement:
+    """(parent, child) for the children of these tasks (`ids`)."""
+    return sa.select(task.c.parent_id, task.c.id).where(one_of(dialect, task.c.parent_id, "ids"))
 
 
 @cache
@@ -562,7 +623,11 @@ def cancel(dialect: str) -> Statement:
 @cache
 def request_kill(dialect: str) -> Statement:
     """Leave `wanted_signal` for the workers of the active tasks among `ids`. One that only has to be delivered does not take
-    the place of one that ends."""
+    the place of one that ends. Of two that end, the later signal and the shorter grace count (`wanted_grace`; null: the
+    worker's own, which it compares itself)."""
+    grace = sa.bindparam("wanted_grace", type_=sa.Double)
+    ends_already = task.c.kill_signal.in_(sorted(ENDING_SIGNALS))
+    keeps_grace = sa.and_(ends_already, sa.or_(grace.is_(None), task.c.kill_grace <= grace))
     return (
         sa.update(task)
         .where(one_of(dialect, task.c.id, "ids"), _in_states(ACTIVE_STATES))
@@ -573,16 +638,22 @@ def request_kill(dialect: str) -> Statement:
                 task.c.kill_signal.not_in(sorted(ENDING_SIGNALS)),
             )
         )
-        .values(kill_signal=sa.bindparam("wanted_signal"))
+        .values(
+            kill_signal=sa.bindparam("wanted_signal"),
+            kill_grace=sa.case((keeps_grace, task.c.kill_grace), else_=grace),
+        )
         .returning(task.c.id)
     )
 
 
 @cache
-def requested_kills() -> Statement:
-    """The kills that `which_worker` has yet to carry out."""
-    return sa.select(task.c.id, task.c.attempt, task.c.token, task.c.kill_signal).where(
-        task.c.worker_id == sa.bindparam("which_worker"), _in_states(_ON_WORKER), task.c.kill_signal.is_not(None)
+def orders() -> Statement:
+    """Whether `which_worker` shall drain, and the kills that it has yet to carry out: one row at least."""
+    mine = sa.and_(task.c.worker_id == worker.c.id, _in_states(_ON_WORKER), task.c.kill_signal.is_not(None))
+    return (
+        sa.select(worker.c.draining, task.c.id, task.c.attempt, task.c.token, task.c.kill_signal, task.c.kill_grace)
+        .select_from(worker.outerjoin(task, mine))
+        .where(worker.c.id == sa.bindparam("which_worker"))
     )
 
 
@@ -635,6 +706,17 @@ def renew() -> Statement:
 def set_queues() -> Statement:
     return (
         sa.update(worker).where(worker.c.id == sa.bindparam("which_worker")).values(queues=sa.bindparam("new_queues"))
+    )
+
+
+@cache
+def set_draining(dialect: str) -> Statement:
+    """Let these live workers (`ids`) claim nothing more, or claim again."""
+    return (
+        sa.update(worker)
+        .where(one_of(dialect, worker.c.id, "ids"), worker.c.state == "live")
+        .values(draining=sa.bindparam("wanted", type_=sa.Boolean))
+        .returning(worker.c.id)
     )
 
 
@@ -794,19 +876,13 @@ def last_id() -> Statement:
 
 
 @cache
-def output_after() -> Statement:
-    """Captured bytes of one attempt and stream from `offset` on."""
-    return (
-        sa.select(output.c.offset, output.c.data)
-        .where(
-            output.c.task_id == sa.bindparam("task_id"),
-            output.c.attempt == sa.bindparam("attempt"),
-            output.c.fd == sa.bindparam("fd"),
-            output.c.offset >= sa.bindparam("offset"),
-        )
-        .order_by(output.c.offset)
-        .limit(64)
-    )
+def output_after(dialect: str) -> Statement:
+    """The next `limit` captured pieces of each of these streams (`rows`: task_id, attempt, fd, after): those whose offset is
+    greater than `after`. They need not be contiguous: a flood is cut."""
+    kinds = {"task_id": sa.BigInteger(), "attempt": sa.Integer(), "fd": sa.Integer(), "after": sa.BigInteger()}
+    rows = row_set(dialect, "rows", **kinds)
+    stream = [output.c[name] == rows.c[name] for name in ("task_id", "attempt", "fd")]
+    return first_of_each(dialect, rows, output, stream, output.c.offset, rows.c.after, "limit")
 
 
 @cache

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,6 +46,8 @@ from aque.values import (
 CLOCK_SECONDS = 60.0
 #: Of a command's stdout, as dependents and `.get()` see it.
 STDOUT_LIMIT = 64 << 10
+#: So many pieces of captured output are read at a time.
+PIECES = 64
 #: From this many rows on COPY is faster than an INSERT with its parameters.
 COPY_FROM = 100
 
@@ -74,6 +76,7 @@ class Killed(Released):
 
     cancelled: list[int] = field(default_factory=list)  #: had not started
     requested: list[int] = field(default_factory=list)  #: their workers will signal them
+    spared: list[int] = field(default_factory=list)  #: reached, and left to others that still need them
     untouched: dict[int, State] = field(default_factory=dict)  #: complete already, or nothing to signal
 
 
@@ -85,6 +88,15 @@ class Kill:
     attempt: int
     token: int
     signal: int
+    grace_seconds: float | None  #: until SIGKILL; None: the worker's setting
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What people want of a worker."""
+
+    draining: bool  #: to claim nothing
+    kills: list[Kill]  #: that it has yet to carry out
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +126,7 @@ class WorkerRow:
     lease_until: float
     expired_seconds: float
     unseen_seconds: float
+    draining: bool  #: claims nothing, as a person asked
 
     @property
     def is_live(self) -> bool:
@@ -371,7 +384,10 @@ class Store:
 
     def _command_result(self, connection: sa.Connection, row: Any) -> bytes:
         """{"exit_code", "stdout", "truncated"}: what dependents see of a command; stdout up to 64 KiB as text."""
-        stdout = b"".join(data for _, data in self.output_after(connection, row.id, row.attempt, 1, 0))
+        stream, last, stdout = (row.id, row.attempt, 1), -1, b""
+        while len(stdout) <= STDOUT_LIMIT and (found := self.output_after(connection, {stream: last})):
+            stdout += b"".join(data for _, _, data in found)
+            last = found[-1][1]
         shown = stdout[:STDOUT_LIMIT].decode(errors="backslashreplace")
         result = {"exit_code": row.exit_code, "stdout": shown, "truncated": len(stdout) > STDOUT_LIMIT}
         return json.dumps(result).encode()
@@ -513,24 +529,42 @@ class Store:
 
     # -- kill ---------------------------------------------------------------------------------------------------------
 
-    def kill(self, connection: sa.Connection, ids: Iterable[int], signal: int, waiting_only: bool = False) -> Killed:
+    def kill(
+        self,
+        connection: sa.Connection,
+        ids: Iterable[int],
+        signal: int,
+        *,
+        grace_seconds: float | None = None,
+        waiting_only: bool = False,
+        dependencies: bool = False,
+        dependents: bool = False,
+    ) -> Killed:
         """Withdraw what has not started, and leave `signal` for the workers of what has (unless `waiting_only`); members
         of a job go with it.
 
-        A signal that does not end a task (see `states.ENDING_SIGNALS`) touches running tasks only. Raises UnknownTask.
+        `dependencies`: and what they depend on, unless somebody else still needs it. `dependents`: and what depends on them.
+        Either takes children along, and goes on from there. A signal that does not end a task (see
+        `states.ENDING_SIGNALS`) touches running tasks only. Raises UnknownTask.
         """
         wanted = sorted(set(ids))
-        rows = connection.execute(sql.lock_tasks(self.dialect), {"ids": wanted})
-        states = {row.id: State(row.state) for row in rows}
-        if missing := [i for i in wanted if i not in states]:
-            raise UnknownTask(missing, "Nothing was killed.")
-        everything = list(states)
+        ends = signal in ENDING_SIGNALS
+        if dependencies or dependents:
+            named, everything, spared = self._lock_reached(connection, wanted, dependencies, dependents, ends)
+        else:
+            named = self._states(connection, sql.lock_with_members(self.dialect), wanted)
+            _check_known(wanted, named)
+            everything, spared = list(named), []
         withdrawn: Sequence[Any] = []
-        if signal in ENDING_SIGNALS:
+        if ends:
             withdrawn = connection.execute(sql.cancel(self.dialect), {"ids": everything}).all()
-        parameters = {"ids": everything, "wanted_signal": signal}
         requested: list[int] = []
         if not waiting_only:
+            parameters = {
+                "ids": everything,
+                "wanted_signal": signal,
+                "wanted_grace": grace_seconds if ends else None,
+            }
             requested = list(connection.execute(sql.request_kill(self.dialect), parameters).scalars())
         released = self.release(connection, withdrawn)
         ended = [row.id for row in withdrawn]
@@ -541,12 +575,79 @@ class Store:
             released.groups,
             ended,
             requested,
-            {i: state for i, state in states.items() if i not in touched},
+            spared,
+            {i: state for i, state in named.items() if i not in touched},
         )
 
-    def requested_kills(self, connection: sa.Connection, worker_id: int) -> list[Kill]:
-        """The kills that this worker has yet to carry out."""
-        return [Kill(*row) for row in connection.execute(sql.requested_kills(), {"which_worker": worker_id})]
+    def _states(self, connection: sa.Connection, statement: Any, ids: Sequence[int]) -> dict[int, State]:
+        return {row.id: State(row.state) for row in connection.execute(statement, {"ids": ids})}
+
+    def _lock_reached(
+        self, connection: sa.Connection, wanted: Sequence[int], dependencies: bool, dependents: bool, ends: bool
+    ) -> tuple[dict[int, State], list[int], list[int]]:
+        """What a recursive kill is about, locked: the tasks named with their states, all that is to be killed, and what is
+        spared."""
+        locked: dict[int, State] = {}
+        while True:
+            named = self._states(connection, sql.with_members(self.dialect), wanted)
+            _check_known(wanted, named)
+            reached, spared = self._reach(connection, named, dependencies, dependents, ends)
+            missing = sorted(reached.difference(locked))
+            if not missing:
+                return {i: locked[i] for i in named}, sorted(reached), sorted(spared)
+            # Only what is locked stays as it is: who submits a dependent or a child meanwhile is seen by another look.
+            locked |= self._states(connection, sql.lock_tasks(self.dialect), missing)
+
+    def _reach(
+        self, connection: sa.Connection, named: Mapping[int, State], dependencies: bool, dependents: bool, ends: bool
+    ) -> tuple[set[int], set[int]]:
+        """All that a kill of the tasks `named` takes, and what it would take if nobody else needed it."""
+        chosen = set(named)
+        if dependents:
+            # A group on the way is left to end with its members: others of them may go on.
+            rows = self._unfinished(connection, sql.downstream(self.dialect), list(named))
+            chosen |= {row.id for row in rows if not row.is_group}
+        if not dependencies:
+            return chosen, set()
+        rows = self._unfinished(connection, sql.upstream(self.dialect), list(chosen))
+        reached = chosen | {row.id for row in rows}
+        ending = [i for i in chosen if named.get(i) not in COMPLETE_STATES] if ends else []
+        spared = self._needed_by_others(connection, reached, chosen, ending)
+        return reached - spared, spared
+
+    def _unfinished(self, connection: sa.Connection, statement: Any, ids: list[int]) -> Sequence[Any]:
+        """What of a closure of `ids` is not complete."""
+        found = connection.execute(statement, {"ids": ids}).scalars().all()
+        return connection.execute(sql.unfinished(self.dialect), {"ids": list(found)}).all()
+
+    def _needed_by_others(
+        self, connection: sa.Connection, reached: set[int], chosen: set[int], ending: list[int]
+    ) -> set[int]:
+        """What of `reached`, but for `chosen`, tasks need that are not reached and not made impossible by the end of those
+        in `ending`."""
+        needs: list[tuple[int, int]] = []
+        groups: set[int] = set()
+        look = reached
+        while look:  # a group needs its members if somebody else needs the group
+            rows = connection.execute(sql.open_dependents(self.dialect), {"ids": list(look)}).all()
+            needs += [(row.upstream, row.downstream) for row in rows]
+            look = {row.downstream for row in rows if row.is_group} - reached - groups
+            groups |= look
+        others = {downstream for _, downstream in needs} - reached - groups
+        if others and ending:
+            ended: dict[str, list[int]] = {"ids": ending, "succeeded": []}
+            others -= set(connection.execute(sql.doomed(self.dialect), ended).scalars())
+        if not others:
+            return set()
+        for row in connection.execute(sql.children(self.dialect), {"ids": list(reached)}):
+            needs.append((row.id, row.parent_id))
+        return deps.needed(others, needs, chosen) & reached
+
+    def orders(self, connection: sa.Connection, worker_id: int) -> Orders:
+        """What people want of this worker."""
+        rows = connection.execute(sql.orders(), {"which_worker": worker_id}).all()
+        kills = [Kill(*row[1:]) for row in rows if row.id is not None]
+        return Orders(any(row.draining for row in rows), kills)
 
     def claims_of(self, connection: sa.Connection, worker_id: int) -> list[tuple[int, int]]:
         """What the table says that this worker has, as (id, token)."""
@@ -564,7 +665,7 @@ class Store:
 
     # -- workers and leases -------------------------------------------------------------------------------------------
 
-    def register(self, connection: sa.Connection, info: WorkerInfo) -> None:
+    def register(self, connection: sa.Connection, info: WorkerInfo, draining: bool = False) -> None:
         """Add a live worker; its lease starts now."""
         row = {name: getattr(info, name) for name in WorkerInfo.__slots__}
         connection.execute(
@@ -573,7 +674,7 @@ class Store:
                 **row,
                 "queues": json.dumps(info.queues),
                 "state": "live",
-                "draining": False,
+                "draining": draining,
                 "lease": info.lease_seconds,
             },
         )
@@ -585,6 +686,11 @@ class Store:
     def set_queues(self, connection: sa.Connection, worker_id: int, queues: Iterable[str]) -> None:
         """The queues that this worker serves from now on."""
         connection.execute(sql.set_queues(), {"which_worker": worker_id, "new_queues": json.dumps(sorted(queues))})
+
+    def set_draining(self, connection: sa.Connection, worker_ids: Iterable[int], wanted: bool) -> list[int]:
+        """Let these workers claim nothing more, or claim again; returns those that are live."""
+        parameters = {"ids": list(worker_ids), "wanted": wanted}
+        return list(connection.execute(sql.set_draining(self.dialect), parameters).scalars())
 
     def unregister(self, connection: sa.Connection, worker_id: int) -> None:
         """The worker has stopped; one that has not given everything back stays, for the reapers."""
@@ -703,11 +809,23 @@ class Store:
         return None if found is None else int(found)
 
     def output_after(
-        self, connection: sa.Connection, task_id: int, attempt: int, fd: int, offset: int
-    ) -> list[tuple[int, bytes]]:
-        """The next pieces of a captured stream from `offset` on, as (offset, bytes); call again until there are none."""
-        parameters = {"task_id": task_id, "attempt": attempt, "fd": fd, "offset": offset}
-        return [(row.offset, bytes(row.data)) for row in connection.execute(sql.output_after(), parameters)]
+        self, connection: sa.Connection, streams: Mapping[tuple[int, int, int], int]
+    ) -> list[tuple[tuple[int, int, int], int, bytes]]:
+        """The next pieces of captured streams, as (stream, offset, bytes), in order within each; call again until there are
+        none. A stream is (task, attempt, fd); its value is the offset of the last piece that was read, -1 before the first.
+
+        An offset may be greater than the end of the piece before: what was between has been cut out.
+        """
+        if not streams:
+            return []
+        rows = [
+            {"task_id": task_id, "attempt": number, "fd": fd, "after": after}
+            for (task_id, number, fd), after in streams.items()
+        ]
+        # Of one stream many, of many a few of each, so that none waits long for the others.
+        parameters = {"rows": json.dumps(rows), "limit": max(PIECES // len(rows), 4)}
+        found = connection.execute(sql.output_after(self.dialect), parameters)
+        return [((row.task_id, row.attempt, row.fd), row.offset, bytes(row.data)) for row in found]
 
     def output_sizes(self, connection: sa.Connection, ids: Iterable[int]) -> dict[tuple[int, int, int], int]:
         """Bytes captured of the latest attempts of these tasks, by (task, attempt, fd); streams without any are left out."""
@@ -757,6 +875,11 @@ _PAYLOAD_COLUMNS = (
     "strict_lease", "extra",
 )  # fmt: skip
 _EDGE_COLUMNS = ("upstream", "downstream", "condition", "satisfied")
+
+
+def _check_known(wanted: Iterable[int], found: Collection[int]) -> None:
+    if missing := [i for i in wanted if i not in found]:
+        raise UnknownTask(missing, "Nothing was killed.")
 
 
 def _requirement_key(requirement: Requirement) -> dict[str, Any]:
@@ -834,8 +957,26 @@ def _worker(row: Any) -> WorkerRow:
     info = {name: getattr(row, name) for name in WorkerInfo.__slots__}
     info["queues"] = tuple(json.loads(row.queues))
     return WorkerRow(
-        WorkerInfo(**info), row.state, row.started_at, row.seen_at, row.lease_until, row.expired, row.unseen
+        WorkerInfo(**info),
+        row.state,
+        row.started_at,
+        row.seen_at,
+        row.lease_until,
+        row.expired,
+        row.unseen,
+        row.draining,
     )
 
 
-__all__ = ["Finding", "Finished", "Kill", "Killed", "Released", "Store", "StoredResult", "WorkerRow", "open_store"]
+__all__ = [
+    "Finding",
+    "Finished",
+    "Kill",
+    "Killed",
+    "Orders",
+    "Released",
+    "Store",
+    "StoredResult",
+    "WorkerRow",
+    "open_store",
+]

@@ -98,6 +98,8 @@ sa.Index(
 )
 sa.Index("ix_aque_task_active", task.c.worker_id, postgresql_where=_active, sqlite_where=_active)
 sa.Index("ix_aque_task_job", task.c.job_id, postgresql_where=_member, sqlite_where=_member)
+_child = task.c.parent_id.is_not(None)
+sa.Index("ix_aque_task_parent", task.c.parent_id, postgresql_where=_child, sqlite_where=_child)
 _named = task.c.celery_id.is_not(None)
 sa.Index("ix_aque_task_celery_id", task.c.celery_id, unique=True, postgresql_where=_named, sqlite_where=_named)
 

@@ -222,3 +222,129 @@ def test_an_idle_wait_is_woken_by_the_end_and_does_not_poll_for_it(served):
         assert served("submit", "--wait", "--", "true").status == 0
     # Five polls of a second, started at no particular moment, would take 2.5 s on top.
     assert time.monotonic() - began < 5 * 1.0
+
+
+# -- several tasks at once
+
+
+def ids_of(*tasks: int) -> str:
+    return ",".join(map(str, tasks))
+
+
+def test_output_watch_follows_several_tasks_at_once(served):
+    loop = "echo $0-1; until [ -e go-$0 ]; do sleep 0.02; done; echo $0-2 >&2; printf $0-3"
+    ids = [served.submit("--cpus", "0", "--", "sh", "-c", loop, name) for name in ("a", "b")]
+    process = served.start("output", "-w", ids_of(*ids))
+    assert process.stdout is not None
+    assert sorted(process.stdout.readline() for _ in ids) == ["a-1\n", "b-1\n"]
+    for name, task_id in zip("ba", reversed(ids), strict=True):  # not in the order in which they were named
+        (served.cwd / f"go-{name}").touch()
+        assert process.stdout.read(3) == f"{name}-3"
+        served("wait", str(task_id))
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "", "b-2\na-2\n")
+
+
+def test_output_watch_is_byte_exact_for_each_task(served):
+    every = bytes(range(256)) * 1000
+    ids = [served("submit", "--stdin", "-", "--", "cat", given=every[n:]).id for n in range(3)]
+    done = served("output", "-w", ids_of(*ids))
+    assert sorted(done.raw) == sorted(b"".join(every[n:] for n in range(3)))
+    for n, task_id in enumerate(ids):
+        assert served("output", str(task_id)).raw == served("output", "-w", str(task_id)).raw == every[n:]
+
+
+def test_output_shows_what_is_written_within_half_a_second(served):
+    script = "while read -r x; do date +%s.%N; done <lines"
+    subprocess.run(["mkfifo", served.cwd / "lines"], check=True)
+    watched = [served.submit("--cpus", "0", "--shell", script), served.submit("--cpus", "0", "--", "true")]
+    process = served.start("output", "-w", ids_of(*watched))
+    assert process.stdout is not None
+    late = []
+    with (served.cwd / "lines").open("w", buffering=1) as lines:
+        for _ in range(8):
+            lines.write("\n")
+            written = float(process.stdout.readline())
+            late.append(time.time() - written)
+    assert process.wait(20) == 0
+    assert sorted(late)[len(late) // 2] < 0.5
+
+
+def test_output_tag_begins_each_line_with_its_task_and_joins_what_was_written_in_parts(served):
+    script = "printf 'one\\npar'; sleep 0.5; printf 't\\n\\377\\n'; printf last; echo oops >&2"
+    ids = [served.submit("--cpus", "0", "--shell", script) for _ in range(2)]
+    done = served("output", "-w", "--tag", ids_of(*ids))
+    lines = done.raw.split(b"\n")
+    for task_id in ids:
+        mine = [line for line in lines if line.startswith(b"%d\t" % task_id)]
+        assert mine == [b"%d\t%s" % (task_id, line) for line in (b"one", b"part", b"\xff", b"last")]
+    assert sorted(done.err.splitlines()) == [f"{task_id}\toops" for task_id in sorted(ids)]
+    alone = served("output", "--tag", str(ids[0]))
+    assert alone.raw == b"".join(b"%d\t%s" % (ids[0], line) for line in (b"one\n", b"part\n", b"\xff\n", b"last"))
+    assert served("output", "--tag", "--stderr", str(ids[0])).out == f"{ids[0]}\toops\n"
+
+
+def test_output_watch_goes_on_with_the_next_attempt(served):
+    script = "echo $AQUE_ATTEMPT; until [ -e failing ]; do sleep 0.02; done; test $AQUE_ATTEMPT = 2"
+    task_id = served.submit("--max-attempts", "2", "--shell", script)
+    process = served.start("output", "-w", str(task_id))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    (served.cwd / "failing").touch()
+    assert process.communicate(timeout=20)[0] == "2\n"
+    assert served("output", "--tag", "--attempt", "1", str(task_id)).out == f"{task_id}\t1\n"
+
+
+# -- kills along the graph, and their grace
+
+
+def test_kill_dry_run_prints_what_would_be_done_and_does_nothing(served):
+    running = served.submit("--", "sleep", "1000")
+    wait_until(lambda: served.state(running) == "running")
+    waiting = served.submit("--after", str(running), "--", "true")
+    planned = served("kill", "-r", "--dry-run", str(waiting))
+    assert planned.status == 0
+    assert planned.out == f"would cancel 1 task: {waiting}\nwould signal 1 task: {running}\n"
+    assert (served.state(running), served.state(waiting)) == ("running", "pending")
+    assert served("kill", "-r", str(waiting)).out == "1 cancelled, 1 signalled\n"
+    assert served("wait", str(running)).status == 143
+
+
+def test_kill_grace_ends_what_ignores_the_signal(served):
+    task_id = served.submit("--shell", "trap '' TERM; echo up; while :; do sleep 0.05; done")
+    wait_until(lambda: served("output", str(task_id)).out == "up\n")
+    assert served("kill", "--grace", "1000", str(task_id)).status == 0
+    assert served("kill", "--grace", "0.1s", str(task_id)).status == 0
+    assert served("wait", "--timeout", "20", str(task_id)).status != 124
+    assert served.state(task_id) == "killed"
+
+
+# -- drained workers
+
+
+def test_a_worker_is_drained_and_undrained_by_its_name(served):
+    (row,) = [json.loads(line) for line in served("workers", "--json").out.splitlines()]
+    name = row["name"]
+    done = served("workers", "drain", name)
+    assert (done.status, done.out) == (0, f"{name} drains, it claims nothing more; it runs 0 tasks\n")
+    (row,) = [json.loads(line) for line in served("workers", "--json").out.splitlines()]
+    assert row["state"] == "draining" and "draining" in served("workers").out
+    process = served.start("submit", "--wait", "--", "echo", "ran")
+    assert process.stderr is not None
+    task_id = int(process.stderr.readline())
+    assert "the worker that could run it is draining" in process.stderr.readline()
+    assert "is draining" in served("status", str(task_id)).out
+    watching = served.start("output", "-w", str(task_id))
+    assert watching.stderr is not None
+    assert "every running worker is draining" in watching.stderr.readline()
+    assert served.state(task_id) == "ready"
+    assert served("workers", "undrain", name).out == f"{name} claims again; it runs 0 tasks\n"
+    assert process.communicate(timeout=20)[0] == watching.communicate(timeout=20)[0] == "ran\n"
+    assert "live" in served("workers").out
+
+
+def test_a_worker_of_an_unknown_name_is_exit_2(served):
+    done = served("workers", "drain", "celery@nowhere")
+    assert done.status == 2 and "there is no live worker 'celery@nowhere'" in done.err and "Nothing was" in done.err
+    assert served("workers", "rest").status == 2
+    assert served("workers", "drain").status == 2

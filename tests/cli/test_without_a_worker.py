@@ -176,6 +176,35 @@ def test_kill_of_a_job_takes_its_members(aque):
     assert aque("kill", str(job), program="aque").out == "4 cancelled\n"
 
 
+def test_kill_takes_dependencies_spares_what_others_need_and_says_so(aque):
+    shared, mine = aque.submit("--", "true"), aque.submit("--", "true")
+    wanted = aque.submit("--after", f"{shared},{mine}", "--", "true")
+    other = aque.submit("--after", str(shared), "--", "true")
+    planned = aque("kill", "-r", "--dry-run", str(wanted))
+    spared = f"would spare, because others need it, 1 task: {shared}"
+    assert planned.out == f"would cancel 2 tasks: {mine}, {wanted}\n{spared}\n"
+    done = aque("kill", "--dependencies", str(wanted))
+    assert (done.status, done.out) == (0, "2 cancelled, 1 spared, others need it\n")
+    assert (aque.state(shared), aque.state(other)) == ("ready", "pending")
+    again = aque("kill", "-r", str(wanted))
+    assert (again.status, again.out) == (1, "1 spared, others need it, 1 already cancelled, left as it is\n")
+    assert aque("kill", "--dependents", str(shared)).out == "2 cancelled\n"
+    assert aque("kill", "-r", "--dry-run", str(shared)).status == 1
+
+
+def test_kill_lists_ids_only_when_they_are_few(aque):
+    job = aque("xargs", "--no-wait", "-n1", "true", given=b"x " * 30).id
+    assert aque("kill", "--dry-run", str(job)).out == "would cancel 31 tasks\n"
+
+
+def test_kill_takes_signals_by_number_and_times_with_units(aque):
+    assert aque("kill", "-s", "9", "--grace", "1m", str(aque.submit("--", "true"))).out == "1 cancelled\n"
+    task_id = str(aque.submit("--", "true"))
+    assert aque("kill", "-s", "40", task_id).out == "1 ready, left as it is\n"
+    assert aque("kill", "-s", "99", task_id).status == 2
+    assert aque("kill", "--grace", "soon", task_id).status == 2
+
+
 def test_kill_is_installed_by_its_own_name(aque):
     assert aque(str(aque.submit("--", "true")), program="aque-kill").out == "1 cancelled\n"
 

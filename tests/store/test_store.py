@@ -325,7 +325,7 @@ def test_a_kill_withdraws_what_waits_and_asks_the_worker_of_what_runs(store: Sto
     assert (killed.cancelled, killed.requested, killed.skipped) == ([waiting], [running], [child])
     assert killed.untouched == {done: State.SUCCESS}
     with store.connect() as connection:
-        assert [(k.id, k.signal) for k in store.requested_kills(connection, me)] == [(running, 15)]
+        assert [(k.id, k.signal) for k in store.orders(connection, me).kills] == [(running, 15)]
     finish(store, Outcome(running, task.attempt, task.token, State.KILLED, Reason.REQUEST, signal=15))
     assert states(store) == {waiting: "cancelled", running: "killed", child: "skipped", done: "success"}
 
@@ -368,7 +368,8 @@ def test_output_and_results_are_bytes(store: Store) -> None:
             store.append_output(connection, [(new, 1, 1, 0, everything), (new, 1, 1, 256, b"\0")])
         store.finish(connection, [replace(outcome(task), value=b'{"a": "\\u0000"}')])
     with store.connect() as connection:
-        assert store.output_after(connection, new, 1, 1, 0) == [(0, everything), (256, b"\0")]
+        stream = (new, 1, 1)
+        assert store.output_after(connection, {stream: -1}) == [(stream, 0, everything), (stream, 256, b"\0")]
         assert store.stored_results(connection, [new])[new].value == b'{"a": "\\u0000"}'
 
 

@@ -1,6 +1,7 @@
 """The policy: never more than there is, in order, and a reason for everything that does not start."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -204,3 +205,12 @@ def test_nothing_is_claimed_ahead_whose_run_time_nobody_knows() -> None:
 def test_a_share_as_it_is_written_is_what_the_worker_reserves(n: int) -> None:
     need = chooser.need(Requirement("celery", Pattern.SHELL, f"1/{n}"), PLACE)
     assert need.cpus == CpuRequest.parse(f"/{n}").share(PLACE.whole.cpus) == Fraction(8, n)
+
+
+def test_a_draining_worker_does_not_count_as_able_to_run() -> None:
+    wanted = Requirement("celery", Pattern.SHELL)
+    draining = replace(PLACE, draining=True)
+    assert chooser.why_nowhere(wanted, [draining]) == "the worker that could run it is draining"
+    assert chooser.why_nowhere(wanted, [draining, draining]) == "the workers that could run it are draining"
+    assert chooser.why_nowhere(wanted, [draining, PLACE]) is None
+    assert chooser.why_nowhere(Requirement("x", Pattern.SHELL), [draining]) == "no worker serves queue 'x'"

@@ -48,6 +48,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[AqueError], str]] = {
     "id out of range": (lambda: aque.shell(["true"], depends_on=10**30), BadInput, "1000000000"),
     "an id of digits": (lambda: tasks.add.apply_async((1, 2), task_id="123"), BadInput, "task_id"),
     "signal": (lambda: aque.shell(["true"]).kill("NOSUCH"), BadInput, "NOSUCH"),
+    "grace": (lambda: aque.shell(["true"]).kill(grace_seconds=-1), BadInput, "seconds, 0 or more"),
     "field": (lambda: list(aque.tasks(fields=["colour"])), BadInput, "colour"),
     "condition": (lambda: list(aque.tasks({"colour": 1})), BadInput, "colour"),
     "io_paths": (lambda: aque.shell(["true"], io_paths=7), BadInput, "io_paths"),
@@ -70,7 +71,7 @@ def test_it_is_refused_with_a_sentence_and_nothing_is_submitted(quiet_farm: Farm
     with pytest.raises(kind) as raised:
         call()
     assert words in str(raised.value)
-    assert sum(quiet_farm.counts().values()) == before + (case == "signal")
+    assert sum(quiet_farm.counts().values()) == before + (case in {"signal", "grace"})
 
 
 def test_a_cycle_is_refused_with_its_path_and_nothing_of_the_graph_is_submitted(quiet_farm: Farm) -> None:

@@ -1,4 +1,4 @@
-"""Users, interpreters, redirections, soft limits, drained workers"""
+"""Users, interpreters, redirections, soft limits, drained workers, an index of children"""
 
 from typing import Any
 
@@ -43,6 +43,14 @@ def upgrade() -> None:
         _add(table, "switches_user", sa.Boolean(), sa.false(), comment="it runs the tasks of other users as these")
         _add(table, "containment", sa.Text(), "", comment="how it keeps processes together")
         _add(table, "draining", sa.Boolean(), sa.false(), comment="claims nothing, as a person asked")
+    op.create_index(
+        "ix_aque_task_parent",
+        "aque_task",
+        ["parent_id"],
+        unique=False,
+        postgresql_where=sa.text("parent_id IS NOT NULL"),
+        sqlite_where=sa.text("parent_id IS NOT NULL"),
+    )
     if op.get_bind().dialect.name == "postgresql":
         for name, columns in _FILLED.items():
             with op.batch_alter_table(name) as table:
