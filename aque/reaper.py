@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from aque import doorbell, machine
 from aque.errors import StoreError
@@ -24,10 +25,17 @@ def may_reap(row: WorkerRow, own_id: int, is_here: bool, is_alive: bool) -> bool
 
 
 class Heartbeat:
-    """Beats three times per lease. `on_lost` is called when this worker has been declared lost itself."""
+    """Beats three times per lease. `on_lost` is called when this worker has been declared lost itself; `on_beat`, with the
+    connection, after the lease has been renewed."""
 
     def __init__(
-        self, store: Store, worker_id: int, lease_seconds: float, max_lost: int, on_lost: Callable[[], int]
+        self,
+        store: Store,
+        worker_id: int,
+        lease_seconds: float,
+        max_lost: int,
+        on_lost: Callable[[], int],
+        on_beat: Callable[[Any], None],
     ) -> None:
         self._store = store
         self._worker_id = worker_id
@@ -35,6 +43,7 @@ class Heartbeat:
         self._lease_seconds = lease_seconds
         self._max_lost = max_lost
         self._on_lost = on_lost
+        self._on_beat = on_beat
         self._stop = threading.Event()
         self._host = machine.host_id()
         self._patience_until = 0.0
@@ -72,6 +81,7 @@ class Heartbeat:
         with self._store.connect() as connection:
             if not self._store.renew(connection, self._worker_id):
                 self._worker_id = self._on_lost()
+            self._on_beat(connection)
             rows = self._store.live_workers(connection)
             for row in rows:
                 here = row.info.boot_id == self._host or self._is_of_earlier_boot(row)

@@ -1,7 +1,18 @@
 """The table that is the truth: the only package that imports SQLAlchemy and holds SQL."""
 
 from aque.store.engine import DatabaseError, again, attempt_write, can_run_again, is_data_error, transaction
-from aque.store.store import Finding, Finished, Kill, Killed, Released, Store, StoredResult, WorkerRow, open_store
+from aque.store.store import (
+    Finding,
+    Finished,
+    Kill,
+    Killed,
+    Released,
+    Store,
+    StoredResult,
+    WorkerRow,
+    open_store,
+    unchecked_store,
+)
 
 __all__ = [
     "DatabaseError",
@@ -19,4 +30,5 @@ __all__ = [
     "is_data_error",
     "open_store",
     "transaction",
+    "unchecked_store",
 ]

@@ -128,6 +128,11 @@ class Finding:
     ids: tuple[int, ...]
 
 
+def unchecked_store(settings: Settings) -> "Store":
+    """The store of this farm for who has used it a moment ago: it need not be reachable just now."""
+    return Store(open_engine(settings.store_url))
+
+
 def open_store(settings: Settings, **engine_options: Any) -> "Store":
     """The store of this farm, checked: reachable and of the version that this Aque uses. A fresh SQLite file gets its
     tables here; on PostgreSQL `aque init` makes them. Raises a StoreError."""
@@ -585,6 +590,12 @@ class Store:
         """The queues that this worker serves from now on."""
         connection.execute(sql.set_queues(), {"which_worker": worker_id, "new_queues": json.dumps(sorted(queues))})
 
+    def describe(self, connection: sa.Connection, info: WorkerInfo) -> None:
+        """A worker that has restarted goes on under its id: write what has changed about it."""
+        row: dict[str, Any] = {f"new_{name}": getattr(info, name) for name in sql.DESCRIBED}
+        row |= {"new_queues": json.dumps(info.queues), "which_worker": info.id}
+        connection.execute(sql.describe_worker(), row)
+
     def unregister(self, connection: sa.Connection, worker_id: int) -> None:
         """The worker has stopped; one that has not given everything back stays, for the reapers."""
         connection.execute(sql.stop_worker(), {"which_worker": worker_id})
@@ -835,4 +846,15 @@ def _worker(row: Any) -> WorkerRow:
     return WorkerRow(WorkerInfo(**info), row.state, row.started_at, row.seen_at, row.lease_until, row.expired)
 
 
-__all__ = ["Finding", "Finished", "Kill", "Killed", "Released", "Store", "StoredResult", "WorkerRow", "open_store"]
+__all__ = [
+    "Finding",
+    "Finished",
+    "Kill",
+    "Killed",
+    "Released",
+    "Store",
+    "StoredResult",
+    "WorkerRow",
+    "open_store",
+    "unchecked_store",
+]
