@@ -126,6 +126,7 @@ class AqueWorker:
 
     def hand_over(self) -> NoReturn:
         """Replace this process's image, and leave all that runs to the new one. Nothing but commands may run."""
+        restart.run_exit_functions()  # they can take a second: commands are claimed meanwhile
         self.commands.freeze()
         self.scheduler.freeze(FLUSH_SECONDS)
         if self.heartbeat is not None:
@@ -214,6 +215,13 @@ class AqueWorker:
             logger.error("this worker could not sign off: %s", error)
         self.store.close()
 
+    def leave_pool(self) -> None:
+        """Give nothing more to the pool."""
+        if self.signals.restart_wanted:
+            self.scheduler.commands_only()
+        else:
+            self.scheduler.drain()
+
     def settle(self) -> None:
         """Before a restart: finish or give back the Python tasks. Returns early if it is to be a stop after all."""
         self._stop_watching()
@@ -292,7 +300,7 @@ class WorkerStep(bootsteps.StartStopStep):
         worker.aque.start(worker.aque_handed_over)
         # Celery closes the pool before it stops this step, and a closed pool silently drops what it is given: let it be
         # closed when it is stopped, which is after the drain.
-        worker.pool.close = worker.aque.scheduler.drain
+        worker.pool.close = worker.aque.leave_pool
 
     def stop(self, worker: Any) -> None:
         aque: AqueWorker | None = worker.aque
@@ -432,7 +440,9 @@ def _prepare(sender: Any, **_: Any) -> None:
     _name(sender)
     sender.aque_kept = sender.aque_pidlock = None
     sender.aque_signals = WorkerSignals(
-        lambda: sender.aque and sender.aque.scheduler.drain(), lambda: reload.problem_since(restart.began)
+        lambda: sender.aque and sender.aque.scheduler.drain(),
+        lambda: sender.aque and sender.aque.scheduler.commands_only(),
+        lambda: reload.problem_since(restart.began),
     )
     sender.install_platform_tweaks = partial(_install_signals, install=sender.install_platform_tweaks)
     sender.start = partial(_run, sender, sender.start)

@@ -253,9 +253,10 @@ class CommandRunner:
     # A new image of the process (see aque.restart)
 
     def freeze(self) -> None:
-        """End the thread: nobody is called back any more. The commands go on; `export` is next."""
+        """End the thread: nobody is called back any more. The commands go on, and others may still be given to `run`;
+        `export` is next."""
         with self._lock:
-            self._stopping = self._frozen = True
+            self._frozen = True
             self._post(lambda: None)
         if self._thread is not None:
             self._thread.join()

@@ -39,6 +39,7 @@ def require() -> Any:
         import watchfiles
     except ImportError:
         raise BadSetting("--reload needs the package watchfiles: install aque[reload].") from None
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change that counts or not
     return watchfiles
 
 

@@ -106,6 +106,11 @@ def deliver_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def run_exit_functions() -> None:
+    """What this process would do at its end: what the app, or a library, has asked for."""
+    atexit._run_exitfuncs()
+
+
 def replace_image(
     worker_id: int, store_url: str, server: int, descriptors: Iterable[int], state: dict[str, Any]
 ) -> NoReturn:
@@ -124,7 +129,6 @@ def replace_image(
     for descriptor in left["descriptors"]:  # type: ignore[attr-defined]
         os.set_inheritable(descriptor, True)
     environment = {**_environment, VARIABLE: f"{os.getpid()}:{memory}"}
-    atexit._run_exitfuncs()  # as if it ended: what the app wants to do then
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()

@@ -144,6 +144,7 @@ class Scheduler:
         self._waiting = False  #: at the last look there was more than fitted
         self._started_any = False
         self._draining = False
+        self._commands_only = False  #: a restart is under way
         #: (id, token) of tasks killed only because this worker stops or is lost: to be given back
         self._abandoned: set[tuple[int, int]] = set()
         self._stopped = threading.Event()
@@ -238,16 +239,22 @@ class Scheduler:
 
     # -- a new image of this process (see aque.restart) -----------------------------------------------------------------
 
+    def commands_only(self) -> None:
+        """Claim nothing more but commands, which can be handed over, and give back what has not started."""
+        self._claimer.commands_only()
+        self._commands_only = True
+        self.look()
+
     def settle(self, drain_seconds: float, is_enough: Callable[[], bool]) -> None:
-        """Drain, and wait for what cannot be handed over; after `drain_seconds` kill it and give it back, without counting
-        it as failed or lost. Returns early once `is_enough`."""
-        self.drain()
+        """Wait for what cannot be handed over; after `drain_seconds` kill it and give it back, without counting it as failed
+        or lost. Commands are claimed meanwhile. Returns early once `is_enough`."""
+        self.commands_only()
         if not self._wait_until_idle(drain_seconds, is_enough, handed_over=False) and not is_enough():
-            self._abandon(handed_over=False)
+            self._abandon(self._left(handed_over=False))
             self._wait_until_idle(10.0, is_enough, handed_over=False)
 
     def freeze(self, seconds: float) -> None:
-        """Write what there is to write, for at most `seconds` while the store fails, and end the thread."""
+        """Drain, write what there is to write, for at most `seconds` while the store fails, and end the thread."""
         self.drain()
         self._stopped.set()
         self._wake()
@@ -300,7 +307,8 @@ class Scheduler:
         it as failed or lost. False: something could not be ended or written; it is left to the reapers."""
         self.drain()
         self._wait_until_idle(drain_seconds, self._is_urgent)
-        self._abandon()
+        self._draining = True
+        self._abandon(self._left())
         idle = self._wait_until_idle(10.0, lambda: False)
         self._stopped.set()
         self._wake()
@@ -308,7 +316,7 @@ class Scheduler:
         with self._lock:
             return idle and not self._batch and not self._thread.is_alive()
 
-    def _left(self, handed_over: bool) -> list[Entry]:
+    def _left(self, handed_over: bool = True) -> list[Entry]:
         """What runs; unless `handed_over`, without what a new image could take over."""
         with self._lock:
             return [
@@ -325,10 +333,9 @@ class Scheduler:
             self._stopped.wait(0.02)
         return True
 
-    def _abandon(self, handed_over: bool = True) -> None:
-        """Kill what runs, to be given back; what a person has killed ends as killed."""
-        self._draining = True
-        left = [entry for entry in self._left(handed_over) if entry.kill_signal is None]
+    def _abandon(self, entries: Iterable[Entry]) -> None:
+        """Kill these, to be given back; what a person has killed ends as killed."""
+        left = [entry for entry in entries if entry.kill_signal is None]
         with self._lock:
             self._abandoned |= {(entry.task.id, entry.task.token) for entry in left}
         for entry in left:
@@ -401,8 +408,9 @@ class Scheduler:
             self._carry_out_kills(self._store.requested_kills(connection, self._worker_id))
         self._escalate_kills()
         if self._is_urgent():
-            self._abandon()
-        if self._draining or self._is_buffer_stale():
+            self._draining = True
+            self._abandon(self._left())
+        if self._draining or self._commands_only or self._is_buffer_stale():
             self._return_buffer()
         picked = self._look(connection)
         # Read before the batch is taken: what ends after that is free here, and not yet in the table.
@@ -428,7 +436,7 @@ class Scheduler:
                 return claimer.Picked([], [], self._waiting)
             self._look_ready = False
             self._looked_at = time.monotonic()
-            ahead = self._claim_ahead and not full and self._until != "one"
+            ahead = self._claim_ahead and not full and self._until != "one" and not self._commands_only
         picked = self._claimer.look(connection, self._ledger.free, buffered)
         self._waiting = picked.more or bool(picked.ahead)
         start = picked.start[:1] if self._until == "one" else picked.start

@@ -23,14 +23,17 @@ Handler = Callable[[int, FrameType | None], Any]
 class WorkerSignals:
     """What the signals have asked of this worker.
 
-    `on_drain` is called when it should start nothing more, `why_not` before a restart: a sentence if the new image could not
-    start, and then there is none.
+    `on_stop` is called when it should stop, `on_restart` when it should restart, and before that `why_not`: a sentence if the
+    new image could not start, and then there is no restart.
     """
 
-    def __init__(self, on_drain: Callable[[], None], why_not: Callable[[], str | None]) -> None:
+    def __init__(
+        self, on_stop: Callable[[], None], on_restart: Callable[[], None], why_not: Callable[[], str | None]
+    ) -> None:
         #: What runs should be killed and given back now.
         self.is_urgent = False
-        self._on_drain = on_drain
+        self._on_stop = on_stop
+        self._on_restart = on_restart
         self._why_not = why_not
         self._asked = self._stopping = self._checking = self._leaving = False
         self._pid = os.getpid()
@@ -48,19 +51,19 @@ class WorkerSignals:
             handler = signal.getsignal(number)
             if callable(handler):
                 self._celery[number] = handler
-                signal.signal(number, self._on_stop)
-        signal.signal(signal.SIGHUP, self._on_hangup)
+                signal.signal(number, self._end)
+        signal.signal(signal.SIGHUP, self._hang_up)
 
     def leave(self) -> bool:
         """From now on a signal to stop is for the new image; false if there has been one. Hold the signals first."""
         self._leaving = self.restart_wanted
         return self._leaving
 
-    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a child of the pool, a moment after the fork
         if self._had_terminal and not os.isatty(0):
-            self._on_stop(signal.SIGTERM, frame)  # the terminal is gone, and with it whoever started this
+            self._end(signal.SIGTERM, frame)  # the terminal is gone, and with it whoever started this
         elif not (self._stopping or self._asked or self._checking):
             self._checking = True
             # A handler may interrupt anything, also what holds the locks of logging: it only starts what takes longer.
@@ -74,11 +77,11 @@ class WorkerSignals:
             logger.warning("restarting: commands go on, Python tasks end first")
             self._asked = True
             celery_state.should_stop = EX_OK
-            self._on_drain()
+            self._on_restart()
         finally:
             self._checking = False
 
-    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+    def _end(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             self._celery[number](number, frame)
             return
@@ -90,5 +93,5 @@ class WorkerSignals:
         if number == signal.SIGTERM and again:
             number = signal.SIGQUIT  # Celery ignores it
         self.is_urgent = self.is_urgent or number == signal.SIGQUIT
-        self._on_drain()
+        self._on_stop()
         self._celery[number](number, frame)
