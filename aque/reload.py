@@ -52,9 +52,10 @@ def own_files(modules: Iterable[ModuleType | None]) -> list[Path]:
 
 def find(module: str, path: Iterable[str]) -> Path | None:
     """The directory in which a module's outermost package, or the module itself, is found; nothing is imported."""
-    top = module.partition(".")[0]
+    parts = module.split(".")
     for folder in path:
-        for name in (Path(folder, top, "__init__.py"), Path(folder, f"{top}.py")):
+        # The last one: in a directory that is a package without an __init__.py.
+        for name in (Path(folder, parts[0], "__init__.py"), Path(folder, *parts[:-1], f"{parts[-1]}.py")):
             if name.is_file():
                 return name.parent.absolute()
     return None
@@ -65,7 +66,7 @@ def with_packages(directory: Path) -> Iterator[Path]:
     yield directory
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if entry.is_dir() and os.path.isfile(os.path.join(entry.path, "__init__.py")):
+            if entry.is_dir(follow_symlinks=False) and os.path.isfile(os.path.join(entry.path, "__init__.py")):
                 yield from with_packages(Path(entry.path))
 
 

@@ -409,3 +409,40 @@ def test_a_restart_while_postgresql_is_away_loses_nothing(own_server: PostgreSQL
         for talker in (across, ending):
             talker.assert_that_it_ran_once(farm)
         assert farm.findings() == []
+
+
+def test_what_runs_is_killed_and_runs_again_if_the_new_image_cannot_start(own_farm: Farm, tmp_path: Path) -> None:
+    conf = tmp_path / "conf.py"
+    conf.write_text("aque_cpus = '2'\n")
+    worker = own_farm.start_worker("-c", "1", env={"PYTHONPATH": str(tmp_path), "CELERY_CONFIG_MODULE": "conf"})
+    talker = Talker(tmp_path)
+    talker.wait_until_it_runs()
+    old = talker.processes()
+    conf.write_text("raise RuntimeError('no syntax error, and no configuration either')\n")
+    worker.deliver(signal.SIGHUP)
+    wait_until(lambda: not worker.running(), LIMIT, "it has ended")
+    own_farm.start_worker("-c", "1", cpus=2, name="next")
+    talker.wait_until_it_runs(2)
+    assert not [process for process in old if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    talker.finish()
+    own_farm.wait_for_state(talker.task, "success")
+    assert own_farm.attempts(talker.task) == [(1, "lost", "worker_lost")]
+
+
+def test_a_new_image_that_cannot_read_what_the_old_one_left_gives_everything_back(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    conf = tmp_path / "conf.py"
+    conf.write_text("aque_cpus = '2'\n")
+    worker = own_farm.start_worker("-c", "1", env={"PYTHONPATH": str(tmp_path), "CELERY_CONFIG_MODULE": "conf"})
+    talker = Talker(tmp_path)
+    talker.wait_until_it_runs()
+    row, old = ids(own_farm), talker.processes()
+    conf.write_text("from aque import restart\nrestart._format = lambda: 'of another version'\n")
+    worker.deliver(signal.SIGHUP)
+    talker.wait_until_it_runs(2)
+    assert not [process for process in old if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert (ids(own_farm), own_farm.row(talker.task)["lost"]) == (row, 0)
+    assert own_farm.attempts(talker.task) == [(1, "given back", None)]
+    talker.finish()
+    own_farm.wait_for_state(talker.task, "success")
