@@ -391,13 +391,13 @@ def run_worker(
     concurrency: int | None,
     name: str | None,
     until: str | None,
+    reload: bool,
     loglevel: str,
     celery_args: list[str],
 ) -> int:
     """`aque worker`: Celery's worker with this module's app; its exit status."""
-    app.conf.update(
-        {key: value for key, value in (("aque_cpus", cpus), ("aque_memory", memory), ("aque_until", until)) if value}
-    )
+    chosen = {"aque_cpus": cpus, "aque_memory": memory, "aque_until": until, "aque_reload": reload}
+    app.conf.update({key: value for key, value in chosen.items() if value})
     arguments = ["worker", "--loglevel", loglevel]
     if queues:
         arguments += ["-Q", ",".join(queues)]

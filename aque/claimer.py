@@ -39,6 +39,11 @@ class Claimer:
         self._place = replace(self._place, queues=queues)
         self._never = {}
 
+    def commands_only(self) -> None:
+        """Claim nothing more that needs a child of the pool."""
+        self._place = replace(self._place, whole=replace(self._place.whole, python_slots=0))
+        self._never = {}
+
     def need(self, class_id: int) -> Capacity:
         """What a task of this class reserves here."""
         return self._needs[class_id]

@@ -4,6 +4,7 @@ import errno
 import logging
 import marshal
 import os
+import select
 import selectors
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 from typing import Any, Literal
@@ -126,6 +127,7 @@ class Ended:
 OnStarted = Callable[[int], None]
 OnOutput = Callable[[int, int, bytes], None]
 OnEnded = Callable[[Ended], None]
+Callbacks = tuple[OnStarted, OnOutput, OnEnded]
 
 
 class Running:
@@ -185,10 +187,10 @@ class _Channel:
 
     __slots__ = ("broken", "control", "gone", "idle_since", "incoming", "outgoing", "pid", "running", "sock")
 
-    def __init__(self, sock: socket.socket, pid: int, control: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, pid: int, control: socket.socket | None) -> None:
         self.sock = sock
         self.pid = pid
-        self.control = control  #: of the server that forked it
+        self.control = control  #: of the server that forked it; None: that one is gone
         self.incoming = b""
         #: What the socket did not take; the thread sends it.
         self.outgoing: deque[memoryview] = deque()
@@ -236,8 +238,8 @@ class CommandRunner:
         self._owner = 0
         self._wakeup = -1
         self._thread: threading.Thread | None = None
-        self._stopping = False
-        self._server: subprocess.Popen[bytes] | None = None
+        self._stopping = self._frozen = False
+        self._server: subprocess.Popen[bytes] | _Inherited | None = None
         self._control: socket.socket | None = None
         #: Supervisors asked for and not here yet; starts of the server since it last answered.
         self._asked = 0
@@ -259,14 +261,11 @@ class CommandRunner:
         """Start the server and the thread. Call it from the main thread, before there are pool processes."""
         if self._thread is not None:
             raise RuntimeError("the command runner was started before: it can be started once.")
-        self._owner = os.getpid()
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector.register(self._wakeup, selectors.EVENT_READ, lambda _events: os.eventfd_read(self._wakeup))
+        self._open()
         with self._lock:
             self._start_server()
             self._ask(WARM)
-        self._thread = threading.Thread(target=self._loop, name="aque-commands", daemon=True)
-        self._thread.start()
+        self._start_thread()
 
     def watch(self, pid: int) -> None:
         """Have the server end this process of the worker's pool, with all that it started, should the worker die."""
@@ -325,6 +324,117 @@ class CommandRunner:
                 clean = False
         return clean
 
+    # A new image of the process (see aque.restart)
+
+    def freeze(self) -> None:
+        """End the thread: nobody is called back any more. The commands go on, and others may still be given to `run`;
+        `export` is next."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lost, GONE_SECONDS)
+            self._frozen = True
+            self._post(lambda: None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def export(self, keys: Mapping[Running, int]) -> dict[str, Any]:
+        """What `adopt` needs in the new image; `keys` names every command that has not ended. Call it after `freeze`.
+
+        What had ended without a supervisor is called back here.
+        """
+        while self._posted:
+            self._posted.popleft()()
+        channels = list(self._channels)
+        running = [r for r in (*self._waiting, *(channel.running for channel in channels)) if r is not None]
+        return {
+            "server": 0 if self._server is None or self._control is None else self._server.pid,
+            "control": -1 if self._control is None else self._control.fileno(),
+            "asked": self._asked,
+            "channels": [
+                {
+                    "fd": channel.sock.fileno(),
+                    "pid": channel.pid,
+                    "incoming": channel.incoming,
+                    "outgoing": b"".join(channel.outgoing),
+                    "broken": channel.broken,
+                    "running": None if channel.running is None else keys[channel.running],
+                    "idle_since": channel.idle_since if channel in self._idle else None,
+                }
+                for channel in channels
+            ],
+            "waiting": [keys[r] for r in self._waiting],
+            "starting": [(due, keys[r]) for due, r in self._starting if not r._done],
+            "running": {
+                keys[r]: {
+                    "command": replace(r.command, env={}, stdin=None),  # sent, or among what is unsent
+                    "pid": r.pid,
+                    "written": r.written,
+                    "dropped": r._dropped,
+                    "result": r._result,
+                    "unsent": r._unsent,
+                    "killed": r._killed,
+                }
+                for r in running
+            },
+        }
+
+    @staticmethod
+    def descriptors(exported: Mapping[str, Any]) -> list[int]:
+        """Those that must stay open across the exec."""
+        found = [exported["control"], *(channel["fd"] for channel in exported["channels"])]
+        return [descriptor for descriptor in found if descriptor >= 0]
+
+    def adopt(self, exported: Mapping[str, Any], callbacks: Mapping[int, Callbacks]) -> dict[int, Running]:
+        """Take over what the image before this one has exported, and start the thread: in place of `start`.
+
+        The callbacks go on where they were: `on_started` comes if it had not, offsets count from the command's start.
+        """
+        if self._thread is not None:
+            raise RuntimeError("the command runner was started before: it can take nothing over.")
+        self._open()
+        runnings: dict[int, Running] = {}
+        for key, kept in exported["running"].items():
+            running = runnings[key] = Running(self, kept["command"], *callbacks[key])
+            running.pid, running.written, running._killed = kept["pid"], kept["written"], kept["killed"]
+            running._unsent, running._dropped, running._result = kept["unsent"], kept["dropped"], kept["result"]
+        with self._lock:
+            self._waiting.extend(runnings[key] for key in exported["waiting"])
+            self._starting = [(due, runnings[key]) for due, key in exported["starting"]]
+            if exported["control"] >= 0:
+                self._server = _Inherited(exported["server"])
+                self._asked = exported["asked"]
+                self._listen(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, exported["control"]))
+            elif self._waiting:
+                self._post(self._revive)
+            for kept in exported["channels"]:
+                self._adopt_channel(kept, runnings)
+            self._idle.sort(key=lambda channel: channel.idle_since)
+        self._start_thread()
+        return runnings
+
+    def _adopt_channel(self, kept: Mapping[str, Any], runnings: Mapping[int, Running]) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, kept["fd"])
+        channel = _Channel(sock, kept["pid"], self._control)
+        channel.incoming, channel.broken = kept["incoming"], kept["broken"]
+        self._channels.add(channel)
+        self._selector.register(channel.sock, selectors.EVENT_READ)
+        self._watch(channel, selectors.EVENT_READ)
+        if kept["running"] is not None:
+            channel.running = runnings[kept["running"]]
+            channel.running._channel = channel
+            self._send(channel, kept["outgoing"])
+        elif kept["idle_since"] is not None:
+            channel.idle_since = kept["idle_since"]
+            self._idle.append(channel)
+
+    def _open(self) -> None:
+        self._owner = os.getpid()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, lambda _events: os.eventfd_read(self._wakeup))
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._loop, name="aque-commands", daemon=True)
+        self._thread.start()
+
     # Below: with the lock held
 
     def _is_quiet(self) -> bool:
@@ -349,11 +459,14 @@ class CommandRunner:
                 env={name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"},
                 start_new_session=True,  # Ctrl-C is for the worker, which then decides
             )
-        self._control = ours
         self._pool = {pid for pid in self._pool if not supervisor.is_over(pid)}
+        self._listen(ours)
         for pid in self._pool:
             self._order(supervisor.WATCH, pid)
-        self._post(lambda: self._selector.register(ours, selectors.EVENT_READ, lambda _events: self._on_control()))
+
+    def _listen(self, control: socket.socket) -> None:
+        self._control = control
+        self._post(lambda: self._selector.register(control, selectors.EVENT_READ, lambda _events: self._on_control()))
 
     def _ask(self, wanted: int) -> None:
         """Have `wanted` supervisors on their way."""
@@ -427,7 +540,7 @@ class CommandRunner:
     # Below: in the thread, without the lock
 
     def _loop(self) -> None:
-        while self._wakeup >= 0:
+        while self._wakeup >= 0 and not self._frozen:
             try:
                 for key, events in self._selector.select(self._do_due()):
                     key.data(events)
@@ -635,7 +748,8 @@ class CommandRunner:
         with self._changed:
             running = self._release(channel)
             if running is not None:
-                unheard = not channel.gone and channel.control is self._control and not self._stopping
+                has_server = channel.control is not None and channel.control is self._control
+                unheard = has_server and not channel.gone and not self._stopping
                 seconds = GONE_SECONDS if unheard else 0.0
                 self._lost[channel.pid] = (time.monotonic() + seconds, running, channel)
             self._changed.notify_all()
@@ -661,6 +775,28 @@ class CommandRunner:
             self._selector.close()
             os.close(self._wakeup)
             self._wakeup = -1
+
+
+class _Inherited:
+    """The server that the image before this one started: a child of this process like any other."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until it has ended, and reap it. Raises TimeoutExpired as Popen does."""
+        with suppress(ProcessLookupError, ChildProcessError):
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                if not select.select([pidfd], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired("the supervisors' server", timeout or 0.0)
+            finally:
+                os.close(pidfd)
+            os.waitpid(self.pid, 0)
 
 
 _FDS = {supervisor.STDOUT: 1, supervisor.STDERR: 2}

@@ -34,6 +34,17 @@ class Ledger:
             max(left.command_slots, 0),
         )
 
+    @property
+    def is_over_budget(self) -> bool:
+        """More is reserved than there is: after a restart with fewer CPUs, until enough has ended."""
+        with self._lock:
+            return self._free.lacking(Capacity()) is not None
+
+    def adopt(self, need: Capacity) -> None:
+        """Reserve `need` for what runs already, whether or not it is free."""
+        with self._lock:
+            self._free = self._free - need
+
     def try_reserve(self, need: Capacity) -> bool:
         """Reserve `need` if it is free."""
         with self._lock:

@@ -108,11 +108,16 @@ def _amount(text: str) -> int:
     return resource.RLIM_INFINITY if text.strip() == "unlimited" else int(text)
 
 
+def settings_file() -> Path:
+    """The configuration file of this process, whether or not it exists."""
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return Path(os.environ.get("AQUE_CONFIG") or Path(base) / "aque" / "aque.toml").absolute()
+
+
 def settings_here(celery_conf: Callable[[str], Any] | None = None, **given: Any) -> settings.Settings:
     """The settings of this process. Raises BadSetting."""
     name = os.environ.get("AQUE_CONFIG")
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    file = Path(name) if name else Path(base) / "aque" / "aque.toml"
+    file = settings_file()
     try:
         values = tomllib.loads(file.read_text())
     except FileNotFoundError:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from aque import doorbell, machine
 from aque.errors import StoreError
@@ -38,8 +39,9 @@ def is_of_earlier_boot(row: WorkerRow, host: str, host_id: str, up_seconds: floa
 
 
 class Heartbeat:
-    """Beats three times per lease. `on_lost` is called when this worker has been declared lost itself, `on_renewed` with
-    the moment of `lease_clock` until which the lease surely holds, `on_beat` every time, whether or not there is a store."""
+    """Beats three times per lease. `on_lost` is called when this worker has been declared lost itself; `on_renewed` with the
+    connection and the moment of `lease_clock` until which the lease surely holds; `on_beat` every time, whether or not there
+    is a store."""
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class Heartbeat:
         lease_seconds: float,
         max_lost: int,
         on_lost: Callable[[], int],
-        on_renewed: Callable[[float], None],
+        on_renewed: Callable[[Any, float], None],
         on_beat: Callable[[], None],
     ) -> None:
         self._store = store
@@ -98,7 +100,7 @@ class Heartbeat:
         with self._store.connect() as connection:
             before = lease_clock()  # the lease in the table begins later
             if self._store.renew(connection, self._worker_id):
-                self._on_renewed(before + self._lease_seconds)
+                self._on_renewed(connection, before + self._lease_seconds)
             else:
                 self._worker_id = self._on_lost()
             rows = self._store.live_workers(connection)

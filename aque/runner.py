@@ -24,7 +24,7 @@ from celery.worker.request import Request
 
 from aque import child, codec, contain, identity, machine, sandbox
 from aque.chooser import Place, is_own, runs_in_pool
-from aque.commands import Command, CommandRunner, Ended, OtherUser
+from aque.commands import Callbacks, Command, CommandRunner, Ended, OtherUser
 from aque.commands import Running as RunningCommand
 from aque.resources import format_cpus
 from aque.settings import Settings
@@ -126,6 +126,16 @@ class Attempt:
         )
         self.request.attempt = self
 
+    @property
+    def outlives_worker(self) -> bool:
+        """A command goes on under its supervisor while the worker's image is replaced; a pool child ends with the pool."""
+        return self._command is not None
+
+    @property
+    def command(self) -> RunningCommand | None:
+        """The supervised command, for an attempt that is one."""
+        return self._command
+
     def kill(self, number: int, grace_seconds: float) -> None:
         """End the attempt: `number` first, SIGKILL after the grace. Its outcome will be `killed`."""
         self.killed = number
@@ -207,10 +217,24 @@ class Attempt:
                 lease_until=self._runner.lease_until if task.strict_lease else None,
                 kill_grace_seconds=settings.kill_grace_seconds,
             ),
-            self._on_command_started,
-            self._on_command_output,
-            self._on_command_ended,
+            *self.command_callbacks,
         )
+
+    @property
+    def command_callbacks(self) -> Callbacks:
+        """Who hears of the command."""
+        return self._on_command_started, self._on_command_output, self._on_command_ended
+
+    def resume(self, began: float, killed: int | None) -> None:
+        """It runs since then already, and is being killed by this signal, if any."""
+        self._began, self.killed = began, killed
+
+    def take_over(self, command: RunningCommand) -> None:
+        """Go on with a command that the image before this one has started."""
+        self._command = command
+        self._next_byte = dict(command.written)
+        if command.pid is not None and not self._over:
+            self.request.on_accepted(command.pid, self._began)
 
     def _on_command_started(self, pid: int) -> None:
         self.request.on_accepted(pid, time.monotonic())
@@ -465,6 +489,8 @@ class Runner:
         self.lease_until = 0.0
         #: What must not outlive the lease.
         self.strict: set[Attempt] = set()
+        #: Of the functions that were started.
+        self.modules: set[str] = set()
         #: Celery's Request wants a task object; what it is asked for (events on, no late acknowledgement) is the same for all.
         self.proxy_task = app.tasks["celery.backend_cleanup"]
 
@@ -498,6 +524,7 @@ class Runner:
             if why := identity.refusal(task, self.place, self.settings):
                 attempt.refuse(why)
             elif runs_in_pool(task, self.place):
+                self.modules.add(task.function.partition(":")[0])
                 attempt.start_function(variables)
             else:
                 user, environment = self._other_user(task, variables)
@@ -516,6 +543,15 @@ class Runner:
             task.environment, variables, allow=settings.environment_allow, deny=settings.environment_deny
         )
         return OtherUser(task.user, settings.min_uid, settings.allow_root_tasks), environment
+
+    def adopt(self, task: ClaimedTask, began: float, killed: int | None) -> Attempt:
+        """An attempt that runs since `began` (monotonic), and that is being killed by the signal `killed`, if any."""
+        attempt = Attempt(self, task)
+        attempt.resume(began, killed)
+        if task.strict_lease:
+            self.strict.add(attempt)
+        celery_state.task_reserved(attempt.request)
+        return attempt
 
     def _variables(self, task: ClaimedTask, cpus: str) -> dict[str, str]:
         variables = {

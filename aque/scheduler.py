@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -51,6 +51,10 @@ Until = Literal["one", "end"]
 
 class Running(Protocol):
     """What the scheduler needs of an attempt that runs."""
+
+    @property
+    def outlives_worker(self) -> bool:
+        """It goes on while the worker's image is replaced."""
 
     def kill(self, number: int, grace_seconds: float) -> None:
         """End it."""
@@ -123,13 +127,14 @@ class Scheduler:
         self._is_urgent = is_urgent
         self._claimer = claimer.Claimer(store, place, self._seconds)
         self._lock = threading.Lock()
-        self._worker_id = worker_id
+        self._worker_id = self.worker_id = worker_id
         self._running: dict[int, Entry] = {}
         self._buffer: deque[ClaimedTask] = deque()
         self._buffered_at = 0.0
         self._claim_ahead = True  #: something has finished since the buffer was given back
         self._looked_at = 0.0
         self._batch = Batch()
+        self._writing = Batch()  #: taken from `_batch`, and not known to be in the table yet
         self._output_bytes = 0
         self._output_since: float | None = None
         self._output_written = threading.Condition(self._lock)
@@ -141,6 +146,7 @@ class Scheduler:
         self._started_any = False
         self._draining = False  #: for good: this worker stops
         self._drained = False  #: as a person asked, who may want it to go on
+        self._commands_only = False  #: a restart is under way
         #: (id, token) of tasks killed only because this worker stops or is lost: to be given back
         self._abandoned: set[tuple[int, int]] = set()
         self._stopped = threading.Event()
@@ -238,12 +244,78 @@ class Scheduler:
         self._draining = True
         self._wake()
 
+    # -- a new image of this process (see aque.restart) -----------------------------------------------------------------
+
+    def commands_only(self) -> None:
+        """Claim nothing more but commands, which can be handed over, and give back what has not started."""
+        self._claimer.commands_only()
+        self._commands_only = True
+        self.look()
+
+    def settle(self, drain_seconds: float, is_enough: Callable[[], bool]) -> None:
+        """Wait for what cannot be handed over; after `drain_seconds` kill it and give it back, without counting it as failed
+        or lost. Commands are claimed meanwhile. Returns early once `is_enough`."""
+        self.commands_only()
+        if not self._wait_until_idle(drain_seconds, is_enough, handed_over=False) and not is_enough():
+            self._abandon(self._left(handed_over=False))
+            self._wait_until_idle(10.0, is_enough, handed_over=False)
+
+    def freeze(self, seconds: float) -> None:
+        """Drain, write what there is to write, for at most `seconds` while the store fails, and end the thread."""
+        self.drain()
+        self._stopped.set()
+        self._wake()
+        self._thread.join(seconds)
+
+    def attempts(self) -> dict[int, Any]:
+        """The attempts that run, by task."""
+        with self._lock:
+            return {task_id: entry.attempt for task_id, entry in self._running.items() if entry.attempt is not None}
+
+    def export(self, handed_over: Container[int]) -> dict[str, Any]:
+        """What `adopt` needs in the new image: those tasks that are `handed_over`, and what could not be written. Call it
+        after `freeze`."""
+        with self._lock:
+            self._batch.put_back(self._writing)
+            return {
+                "running": [
+                    (entry.task, entry.need, entry.began, entry.kill_signal, entry.kill_at)
+                    for entry in self._running.values()
+                    if entry.task.id in handed_over
+                ],
+                "abandoned": self._abandoned,
+                "batch": {name: getattr(self._batch, name) for name in Batch.__slots__},
+                "run_seconds": self._run_seconds,
+                "started_any": self._started_any,
+            }
+
+    def adopt(self, exported: dict[str, Any], attempt_of: Callable[[ClaimedTask, float, int | None], Running]) -> None:
+        """Go on with what the image before this one has exported; before `start`. `attempt_of` gets the task, since when it
+        runs and the signal by which it is being killed."""
+        for task, need, began, kill_signal, kill_at in exported["running"]:
+            self._ledger.adopt(need)
+            attempt = attempt_of(task, began, kill_signal)
+            self._running[task.id] = Entry(task, need, began, attempt, kill_signal, kill_at)
+        self._abandoned = exported["abandoned"]
+        self._batch = Batch(**exported["batch"])
+        self._output_bytes = sum(len(piece[4]) for piece in self._batch.output)
+        self._output_since = time.monotonic() if self._batch.output else None
+        self._run_seconds = exported["run_seconds"]
+        self._started_any = exported["started_any"]
+
+    def reconcile(self) -> None:
+        """Give back what the table says that this worker has and that it does not know of; before `start`."""
+        self._reconcile = True
+
+    # -- the end --------------------------------------------------------------------------------------------------------
+
     def stop(self, drain_seconds: float) -> bool:
         """Drain; after `drain_seconds`, or at once if that is urgent, kill what still runs and give it back, without counting
         it as failed or lost. False: something could not be ended or written; it is left to the reapers."""
         self.drain()
         self._wait_until_idle(drain_seconds, self._is_urgent)
-        self._abandon()
+        self._draining = True
+        self._abandon(self._left())
         idle = self._wait_until_idle(10.0, lambda: False)
         self._stopped.set()
         self._wake()
@@ -251,19 +323,27 @@ class Scheduler:
         with self._lock:
             return idle and not self._batch and not self._thread.is_alive()
 
-    def _wait_until_idle(self, seconds: float, is_enough: Callable[[], bool]) -> bool:
+    def _left(self, handed_over: bool = True) -> list[Entry]:
+        """What runs; unless `handed_over`, without what a new image could take over."""
+        with self._lock:
+            return [
+                entry
+                for entry in self._running.values()
+                if handed_over or entry.attempt is None or not entry.attempt.outlives_worker
+            ]
+
+    def _wait_until_idle(self, seconds: float, is_enough: Callable[[], bool], handed_over: bool = True) -> bool:
         deadline = time.monotonic() + seconds
-        while self.running():
+        while self._left(handed_over):
             if time.monotonic() >= deadline or is_enough() or not self._thread.is_alive():
                 return False
             self._stopped.wait(0.02)
         return True
 
-    def _abandon(self) -> None:
-        """Kill what runs, to be given back; what a person has killed ends as killed."""
-        self._draining = True
+    def _abandon(self, entries: Iterable[Entry]) -> None:
+        """Kill these, to be given back; what a person has killed ends as killed."""
+        left = [entry for entry in entries if entry.kill_signal is None]
         with self._lock:
-            left = [entry for entry in self._running.values() if entry.kill_signal is None]
             self._abandoned |= {(entry.task.id, entry.task.token) for entry in left}
         for entry in left:
             logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
@@ -337,8 +417,9 @@ class Scheduler:
             self._carry_out_kills(orders.kills)
         self._escalate_kills()
         if self._is_urgent():
-            self._abandon()
-        if self._draining or self._drained or self._is_buffer_stale():
+            self._draining = True
+            self._abandon(self._left())
+        if self._draining or self._drained or self._commands_only or self._is_buffer_stale():
             self._return_buffer()
         picked = self._look(connection)
         # Read before the batch is taken: what ends after that is free here, and not yet in the table.
@@ -360,11 +441,12 @@ class Scheduler:
             full = buffered > chooser.BUFFER_TASKS // 2
             early = full and time.monotonic() - self._looked_at < LOOK_SECONDS
             idle = self._draining or self._drained or done
-            if not self._look_ready or idle or self._finish_only or early:
+            blocked = self._finish_only or self._ledger.is_over_budget
+            if not self._look_ready or idle or blocked or early:
                 return claimer.Picked([], [], self._waiting)
             self._look_ready = False
             self._looked_at = time.monotonic()
-            ahead = self._claim_ahead and not full and self._until != "one"
+            ahead = self._claim_ahead and not full and self._until != "one" and not self._commands_only
         picked = self._claimer.look(connection, self._ledger.free, buffered)
         self._waiting = picked.more or bool(picked.ahead)
         start = picked.start[:1] if self._until == "one" else picked.start
@@ -377,8 +459,10 @@ class Scheduler:
         """What there is to write; output only when it is due or there is something else to write."""
         with self._lock:
             batch, self._batch = self._batch, Batch()
+            self._writing = batch
             ended = {outcome.id for outcome in batch.outcomes} | {task_id for task_id, _ in batch.returned}
             due = self._output_since is not None and time.monotonic() - self._output_since >= OUTPUT_SECONDS
+            due = due or self._stopped.is_set()
             room = OUTPUT_BYTES if due or self._output_bytes > OUTPUT_BYTES else 0
             now, later = [], []
             for piece in batch.output:
@@ -418,12 +502,14 @@ class Scheduler:
                 self._ledger.release(self._claimer.need(task.class_id))
             with self._lock:
                 self._batch.put_back(batch)
+                self._writing = Batch()
                 self._output_bytes = sum(len(piece[4]) for piece in self._batch.output)
                 if self._batch.output and self._output_since is None:
                     self._output_since = time.monotonic()
             self._one_by_one = is_data_error(error)
             raise
         self._one_by_one = False
+        self._writing = Batch()
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
 

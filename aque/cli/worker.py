@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from aque import reload, restart
 from aque.cli.farm import open_farm
 from aque.errors import BadInput
 from aque.resources import parse_memory
@@ -19,6 +20,7 @@ from aque.resources import parse_memory
 @click.option("-n", "--name", metavar="NAME", help="The name of this worker, as Celery's -n.")
 @click.option("--one", is_flag=True, help="Run one task and exit.")
 @click.option("--to-end", is_flag=True, help="Exit when no unfinished task is left that this worker could run.")
+@click.option("--reload", is_flag=True, help="Restart when the code of tasks, or the configuration, has changed.")
 @click.option("-l", "--loglevel", metavar="LEVEL", default="INFO", help="DEBUG INFO WARNING ERROR (INFO).")
 @click.argument("celery_args", metavar="[-- CELERY ARGUMENTS...]", nargs=-1, type=click.UNPROCESSED)
 def command(celery_args: tuple[str, ...], **chosen: Any) -> int:
@@ -38,8 +40,11 @@ def command(celery_args: tuple[str, ...], **chosen: Any) -> int:
     if chosen["memory"] is not None:
         parse_memory(chosen["memory"])
     queues = [name.strip() for name in (chosen["queues"] or "").split(",") if name.strip()]
-    with open_farm():
-        pass  # a store that cannot be used is one sentence here, and pages of log later
+    if chosen["reload"]:
+        reload.require()
+    if restart.handover is None:  # the store may be away while it restarts: all the more reason to keep what runs
+        with open_farm():
+            pass  # a store that cannot be used is one sentence here, and pages of log later
     from aque.celery_app import run_worker
 
     return run_worker(
@@ -49,6 +54,7 @@ def command(celery_args: tuple[str, ...], **chosen: Any) -> int:
         concurrency=chosen["concurrency"],
         name=chosen["name"],
         until="one" if chosen["one"] else "end" if chosen["to_end"] else None,
+        reload=chosen["reload"],
         loglevel=chosen["loglevel"].upper(),
         celery_args=list(celery_args),
     )

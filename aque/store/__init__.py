@@ -12,6 +12,7 @@ from aque.store.store import (
     StoredResult,
     WorkerRow,
     open_store,
+    unchecked_store,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "is_data_error",
     "open_store",
     "transaction",
+    "unchecked_store",
 ]

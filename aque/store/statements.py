@@ -709,6 +709,20 @@ def set_queues() -> Statement:
     )
 
 
+#: Of a worker, what a restart can change.
+DESCRIBED = (
+    "name", "cpus", "memory_bytes", "python_slots", "command_slots", "queues", "version", "lease_seconds", "user",
+    "switches_user", "containment",
+)  # fmt: skip
+
+
+@cache
+def describe_worker() -> Statement:
+    """After a restart of `which_worker`: what it is called and has now."""
+    values = {name: sa.bindparam(f"new_{name}", type_=worker.c[name].type) for name in DESCRIBED}
+    return sa.update(worker).where(worker.c.id == sa.bindparam("which_worker")).values(values)
+
+
 @cache
 def set_draining(dialect: str) -> Statement:
     """Let these live workers (`ids`) claim nothing more, or claim again."""

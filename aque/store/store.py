@@ -142,6 +142,11 @@ class Finding:
     ids: tuple[int, ...]
 
 
+def unchecked_store(settings: Settings) -> "Store":
+    """The store of this farm for who has used it a moment ago: it need not be reachable just now."""
+    return Store(open_engine(settings.store_url))
+
+
 def open_store(settings: Settings, **engine_options: Any) -> "Store":
     """The store of this farm, checked: reachable and of the version that this Aque uses. A fresh SQLite file gets its
     tables here; on PostgreSQL `aque init` makes them. Raises a StoreError."""
@@ -692,6 +697,12 @@ class Store:
         parameters = {"ids": list(worker_ids), "wanted": wanted}
         return list(connection.execute(sql.set_draining(self.dialect), parameters).scalars())
 
+    def describe(self, connection: sa.Connection, info: WorkerInfo) -> None:
+        """A worker that has restarted goes on under its id: write what has changed about it."""
+        row: dict[str, Any] = {f"new_{name}": getattr(info, name) for name in sql.DESCRIBED}
+        row |= {"new_queues": json.dumps(info.queues), "which_worker": info.id}
+        connection.execute(sql.describe_worker(), row)
+
     def unregister(self, connection: sa.Connection, worker_id: int) -> None:
         """The worker has stopped; one that has not given everything back stays, for the reapers."""
         connection.execute(sql.stop_worker(), {"which_worker": worker_id})
@@ -979,4 +990,5 @@ __all__ = [
     "StoredResult",
     "WorkerRow",
     "open_store",
+    "unchecked_store",
 ]

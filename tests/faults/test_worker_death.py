@@ -349,7 +349,7 @@ def test_sigterm_lets_a_worker_finish_what_it_runs_and_start_nothing(own_farm: F
     wait_until(starts_nothing, LIMIT, "it starts nothing any more")
     command.finish()
     function.finish()
-    worker.stop()
+    wait_until(lambda: not worker.running(), LIMIT, "it has ended")  # a second signal would not let them end
     for step in (command, function):
         row = own_farm.row(step.task)
         assert (row["state"], row["attempt"], step.attempts) == ("success", 1, [1])

@@ -16,7 +16,7 @@ def row(
     info = WorkerInfo(
         1, "one@here", host, 10, 0.0, boot_id, "2", 1, 1, 1, ("celery",), "linux", "0", 30.0, "", False, "subreaper"
     )
-    return WorkerRow(info, state, 0.0, 0.0, 0.0, unseen - 30.0, unseen)
+    return WorkerRow(info, state, 0.0, 0.0, 0.0, unseen - 30.0, unseen, False)
 
 
 def is_gone(found: WorkerRow, host_id: str = "new pid:[1] machine") -> bool:

@@ -279,7 +279,7 @@ class Worker:
         found = []
         for child in psutil.Process(self.pid).children():
             with suppress(psutil.NoSuchProcess):
-                if "celery" in " ".join(child.cmdline()):
+                if child.name() == "aque-python":
                     found.append(child)
         return found
 
