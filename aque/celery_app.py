@@ -251,7 +251,8 @@ def task(**options: Any) -> Callable[[Callable[..., Any]], Task]: ...
 def task(*args: Any, **options: Any) -> Any:
     """Make a function a task that goes through the table: `@aque.task` or `@aque.task(cpus=0.5, memory="1G")`.
 
-    Takes Celery's options and `queue priority cpus memory host platform duration io_paths time_limit max_attempts layer`.
+    Takes Celery's options and `queue priority cpus memory host platform duration io_paths time_limit soft_time_limit
+    max_attempts requeue layer`.
     The function must be found by its name in its module: workers import it. The task belongs to the current Celery app.
     """
     for function in args:

@@ -20,6 +20,9 @@ from tests.servers import wait_until
         (["--", "/etc/passwd"], 126, "/etc/passwd"),
         (["--cwd", "/no/such/place", "--", "true"], 126, "/no/such/place"),
         (["--time-limit", "0.3", "--", "sleep", "60"], 124, "time limit"),
+        (["--soft-time-limit", "0.3", "--", "sleep", "60"], 143, "SIGTERM"),
+        (["--soft-time-limit", "0.3", "--", "sh", "-c", "trap 'exit 3' TERM; sleep 60 & wait"], 3, ""),
+        (["--strict-lease", "--no-requeue", "--", "sh", "-c", "exit 3"], 3, ""),
     ],
 )
 def test_submit_wait_exits_as_the_command_did(served, words, status, said):

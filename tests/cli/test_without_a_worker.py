@@ -71,6 +71,7 @@ def test_one_word_that_a_shell_would_take_apart_is_refused(aque):
         (["--memory", "2X"], "cannot read memory"),
         (["--duration", "soon"], "cannot read the time 'soon'"),
         (["--time-limit", "-1"], "cannot read the time"),
+        (["--soft-time-limit", "soon"], "cannot read the time 'soon'"),
         (["--priority", "high"], "'high' is not a valid integer"),
         (["--priority", "99999999999"], "priority must be"),
         (["--max-attempts", "0"], "max_attempts must be"),
@@ -127,6 +128,15 @@ def test_wait_option_says_that_there_is_no_worker_and_ctrl_c_leaves_the_task(aqu
     assert process.wait(20) == 130
     assert f"`aque kill {task_id}`" in process.communicate()[1]
     assert aque.state(task_id) == "ready"
+
+
+def test_what_shall_become_of_a_lost_attempt_is_stored_with_the_task(aque):
+    done = aque("submit", "--no-requeue", "--strict-lease", "--soft-time-limit", "1m", "--", "true")
+    assert done.status == 0
+    with sqlite3.connect(Path(aque.environment["AQUE_STATE_DIR"]) / "aque.db") as store:
+        (requeue,) = store.execute("SELECT requeue FROM aque_task").fetchone()
+        stored = store.execute("SELECT strict_lease, soft_time_limit_seconds FROM aque_payload").fetchone()
+    assert (requeue, *stored) == (0, 1, 60.0)
 
 
 # -- call
