@@ -62,6 +62,12 @@ class Step:
         """All of the command that lives."""
         return processes_with(self.mark)
 
+    def shell(self) -> psutil.Process:
+        """The command itself: the supervisor's child. (What it starts is a shell too, until it is something else.)"""
+        together = self.processes()
+        (first,) = [one for one in together if one.ppid() not in {other.pid for other in together}]
+        return first
+
 
 def expired(farm: Farm, worker: Worker) -> float:
     """How many seconds ago the lease of a worker ended."""
@@ -124,7 +130,7 @@ def test_the_supervisor_of_a_command_that_is_killed_costs_an_attempt_and_leaves_
     own_farm.start_worker("-c", "1")
     step = Step(tmp_path)
     step.wait_until_it_runs()
-    (shell,) = [process for process in step.processes() if process.name() == "sh"]
+    shell = step.shell()
     old = step.processes()
     supervisor = shell.parent()
     assert supervisor is not None
@@ -140,7 +146,7 @@ def test_the_supervisors_server_that_is_killed_is_replaced(own_farm: Farm, tmp_p
     worker = own_farm.start_worker("-c", "1", cpus=2)
     step = Step(tmp_path)
     step.wait_until_it_runs()
-    (shell,) = [process for process in step.processes() if process.name() == "sh"]
+    shell = step.shell()
     supervisor = shell.parent()
     assert supervisor is not None
     server = supervisor.parent()
