@@ -63,10 +63,17 @@ class Step:
         return processes_with(self.mark)
 
     def shell(self) -> psutil.Process:
-        """The command itself: the supervisor's child. (What it starts is a shell too, until it is something else.)"""
-        together = self.processes()
-        (first,) = [one for one in together if one.ppid() not in {other.pid for other in together}]
-        return first
+        """The command itself, and not what it starts, which is a shell too until it is something else."""
+
+        def first() -> list[psutil.Process]:
+            found = []
+            for process in self.processes():
+                with suppress(psutil.NoSuchProcess):
+                    if (parent := process.parent()) is not None and parent.name() == "aque-superv":
+                        found.append(process)
+            return found
+
+        return wait_until(lambda: first() if len(first()) == 1 else [], LIMIT, "the command has its shell")[0]
 
 
 def expired(farm: Farm, worker: Worker) -> float:
