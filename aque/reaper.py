@@ -82,13 +82,16 @@ class Heartbeat:
             try:
                 if time.monotonic() - last > 2 * self._period:
                     self._be_patient()  # this process stood still: perhaps the whole machine did
-                self._on_beat()
                 self._beat()
                 last = time.monotonic()
             except Exception as error:
                 if not isinstance(error, (StoreError, DatabaseError)):
                     logger.exception("the heartbeat failed")
                 self._be_patient()
+            try:
+                self._on_beat()
+            except Exception:
+                logger.exception("looking after this worker's processes failed")
             if self._stop.wait(self._period):
                 return
 

@@ -809,6 +809,8 @@ class Server:
 
     def end_pool(self) -> None:
         """The worker's process has ended. Each process of its pool is ended by a fork: one may hang in the kernel."""
+        while self.control.fileno() >= 0 and is_readable(self.control.fileno()) and self.answer():
+            pass  # what it still had to say of its pool
         for pidfd, pid in self.pool.items():
             if is_readable(pidfd):
                 continue

@@ -13,13 +13,24 @@ from tests.worker.farm import Farm
     ("kind", "act", "expected", "given"),
     [
         ("command", trees.kill_supervisor, ("success", 2), {}),
+        ("command", trees.kill_server_and_supervisor, ("success", 2), {}),
+        ("function", trees.kill_server_and_worker, ("success", 2), {"other_worker": True}),
         ("function", trees.kill_worker, ("success", 2), {"other_worker": True}),
         ("function", trees.kill_leader, ("success", 2), {}),
         ("function", trees.nothing, ("error time_limit", 1), {"time_limit": 0.5}),
         ("function", trees.aque_kill, ("killed request", 1), {}),
         ("function", trees.let_it_end, ("success", 1), {"ends": True}),
     ],
-    ids=["supervisor", "worker", "pool child", "time limit", "aque kill", "end"],
+    ids=[
+        "supervisor",
+        "server and supervisor",
+        "server and worker",
+        "worker",
+        "pool child",
+        "time limit",
+        "aque kill",
+        "end",
+    ],
 )
 def test_nothing_of_a_tree_survives_its_attempt_and_the_next_one_starts_after_it(
     own_farm: Farm, tmp_path: Path, kind: str, act: Act, expected: tuple[str, int], given: dict[str, object]

@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 import aque
 from aque import supervisor
 from tests.faults import tree
@@ -157,6 +159,38 @@ def kill_supervisor(farm: Farm, grown: Tree, worker: Worker) -> None:
     os.kill(grown.supervisor(), signal.SIGKILL)
 
 
+def server_of(worker: Worker) -> psutil.Process:
+    """Of the supervisors."""
+    (server,) = supervisors_below(worker)
+    return server
+
+
+def supervisors_below(worker: Worker) -> list[psutil.Process]:
+    """The server; and supervisors that have lost theirs."""
+    return [child for child in psutil.Process(worker.pid).children() if "supervisor.py" in " ".join(child.cmdline())]
+
+
+def kill_server_and_supervisor(farm: Farm, grown: Tree, worker: Worker) -> None:
+    """Nobody but the worker is left to end the command."""
+    above = psutil.Process(grown.supervisor())
+    server_of(worker).kill()
+    wait_until(lambda: above.ppid() == worker.pid, LIMIT_SECONDS, "the supervisor has come to the worker")
+    above.kill()
+
+
+def kill_server_and_worker(farm: Farm, grown: Tree, worker: Worker) -> None:
+    """The next server knows of the pool."""
+    server = server_of(worker)
+    old = {server.pid, *(below.pid for below in server.children())}
+    server.kill()
+
+    def is_replaced() -> bool:
+        return any(p.pid not in old and p.name() == "aque-superv" for p in supervisors_below(worker))
+
+    wait_until(is_replaced, LIMIT_SECONDS, "there is another server")
+    worker.deliver(signal.SIGKILL)
+
+
 def kill_leader(farm: Farm, grown: Tree, worker: Worker) -> None:
     """The shell of a command, or the pool child of a function."""
     os.kill(grown.pid, signal.SIGKILL)
@@ -178,8 +212,10 @@ def rows(trees: Trees) -> Iterator[Row]:
     """The whole table."""
     for kind in ("command", "function"):
         yield trees.run("kill -9 of the worker", kind, kill_worker, ("success", 2), other_worker=True)
+        yield trees.run("... after the server's", kind, kill_server_and_worker, ("success", 2), other_worker=True)
         if kind == "command":
             yield trees.run("kill -9 of the supervisor", kind, kill_supervisor, ("success", 2))
+            yield trees.run("... after its server's", kind, kill_server_and_supervisor, ("success", 2))
             yield trees.run("kill -9 of the shell", kind, kill_leader, ("error signal", 1))
         else:
             yield trees.run("kill -9 of the pool child", kind, kill_leader, ("success", 2))
