@@ -446,3 +446,23 @@ def test_a_new_image_that_cannot_read_what_the_old_one_left_gives_everything_bac
     assert own_farm.attempts(talker.task) == [(1, "given back", None)]
     talker.finish()
     own_farm.wait_for_state(talker.task, "success")
+
+
+def test_an_ordinary_task_of_the_app_ends_before_the_restart(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=2, app="tests.worker.ordinary")
+    client = own_farm.client()
+    path, gate = tmp_path / "started", tmp_path / "gate"
+    client.send_task("tests.worker.ordinary.wait", (str(path), str(gate)))
+    wait_until(path.exists, LIMIT, "it runs")
+    talker = Talker(tmp_path)
+    talker.wait_until_it_runs()
+    worker.deliver(signal.SIGHUP)
+    wait_until(lambda: "restarting:" in worker.log(), LIMIT, "it has heard")
+    assert aque.shell(["true"], cpus=0.1).get(timeout=LIMIT)["exit_code"] == 0
+    assert restarts(worker) == 0
+    gate.touch()
+    wait_until(lambda: restarts(worker) == 1, LIMIT, "the new image goes on")
+    talker.finish()
+    talker.assert_that_it_ran_once(own_farm)
+    assert path.read_text() == "once\n"
+    client.close()
