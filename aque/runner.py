@@ -341,8 +341,8 @@ class Runner:
         self.eventer = eventer
         self.settings = settings
         self.listener = listener
-        #: Of the functions that were started.
-        self.modules: set[str] = set()
+        #: The modules of the functions that were started, and when first (seconds since 1970).
+        self.modules: dict[str, float] = {}
         #: Celery's Request wants a task object; what it is asked for (events on, no late acknowledgement) is the same for all.
         self.proxy_task = app.tasks["celery.backend_cleanup"]
 
@@ -372,7 +372,7 @@ class Runner:
                 environment.update((name.encode(), value.encode()) for name, value in variables.items())
                 attempt.start_command(environment)
             else:
-                self.modules.add(task.function.partition(":")[0])
+                self.modules.setdefault(task.function.partition(":")[0], time.time())
                 attempt.start_function(variables)
         except Exception as error:
             attempt.fail(error)

@@ -3,6 +3,7 @@
 import os
 import pty
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ import aque
 from tests.conftest import start
 from tests.servers import PostgreSQL, wait_until
 from tests.worker import tasks
-from tests.worker.farm import LIMIT_SECONDS, ROOT, Farm, Worker, processes_with
+from tests.worker.farm import LIMIT_SECONDS, PROGRAMS, ROOT, Farm, Worker, processes_with
 
 LIMIT = LIMIT_SECONDS
 #: Writes numbered lines until there is the file of the test, at once and without end; then how many it has written.
@@ -302,6 +303,33 @@ def test_a_syntax_error_prevents_a_restart_and_not_the_work(own_farm: Farm, tmp_
     wait_until(lambda: [row.info.cpus for row in own_farm.live()] == ["3"], LIMIT, "it has loaded the file")
     talker.finish()
     talker.assert_that_it_ran_once(own_farm)
+
+
+def test_a_worker_with_reload_runs_the_new_code_of_a_module_that_only_its_pool_has_imported(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "late.py").write_text("def version():\n    return 1\n")
+    environment = {"PYTHONPATH": str(code)}
+    words = ("aque", "worker", "--reload", "-c", "1", "-n", "one@test")
+    worker = Worker(own_farm, "one@test", own_farm.start_program(*words, env=environment))
+    own_farm.workers.append(worker)
+    worker.wait_until_it_claims()
+
+    def version() -> str:
+        called = [PROGRAMS / "aque", "call", "--wait", "late:version"]
+        return subprocess.check_output(called, env={**own_farm.environment, **environment}, text=True).strip()
+
+    assert version() == "1"
+    (code / "late.py").write_text("def version(:\n")
+    (code / "late.py").write_text("def version():\n    return 'second'\n")
+    wait_until(lambda: version() == '"second"', LIMIT, "the new code runs")
+    (code / "late.py").write_text("def version(:\n")
+    wait_until(lambda: "this worker goes on as it is" in worker.log(), LIMIT, "it says what is wrong")
+    assert f"{code / 'late.py'}, line 1: " in worker.log()
+    assert aque.shell(["true"]).get(timeout=LIMIT)["exit_code"] == 0
+    assert restarts(worker) >= 1
 
 
 def test_aque_worker_restarts_with_its_own_words_and_keeps_its_pid_file(own_farm: Farm, tmp_path: Path) -> None:
