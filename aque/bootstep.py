@@ -110,7 +110,7 @@ class AqueWorker:
         self.reloader: reload.Watch | None = None
         if worker.app.conf.get("aque_reload"):
             self.reloader = reload.Watch(
-                restart.began, lambda: list(self.runner.modules), lambda: os.kill(os.getpid(), signal.SIGHUP)
+                restart.began, lambda: dict(self.runner.modules), lambda: os.kill(os.getpid(), signal.SIGHUP)
             )
         self.finished = self.scheduler.finished
         self.wrote = self.scheduler.wrote

@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -70,18 +70,24 @@ def with_packages(directory: Path) -> Iterator[Path]:
                 yield from with_packages(Path(entry.path))
 
 
-def directories(modules: Iterable[ModuleType | None], started: Iterable[str], path: Iterable[str]) -> set[Path]:
-    """What to watch: for `modules` that are imported here, and for modules by the names of which tasks were `started`."""
-    found = {file.parent for file in own_files(modules)}
+def directories(
+    modules: Iterable[ModuleType | None], began: float, started: Mapping[str, float], path: Iterable[str]
+) -> dict[Path, float]:
+    """What to watch, and since when what is in it counts (seconds since 1970): for `modules` that have been imported here
+    since `began`, and for modules by the names of which tasks were `started`."""
+    found = {file.parent: began for file in own_files(modules)}
     here = list(path)
-    found |= {place for name in started if (place := find(name, here)) and not str(place).startswith(_INSTALLED)}
-    return {place for directory in found for place in with_packages(directory)}
+    for name, moment in started.items():
+        place = find(name, here)
+        if place is not None and not str(place).startswith(_INSTALLED):
+            found[place] = min(moment, found.get(place, moment))
+    return {place: moment for directory, moment in found.items() for place in with_packages(directory)}
 
 
-def changed_since(moment: float, directories: Iterable[Path]) -> list[Path]:
-    """The source files in these directories that were written after `moment`, in seconds since 1970."""
+def changed_since(directories: Mapping[Path, float]) -> list[Path]:
+    """The source files in these directories that were written after the moment that stands with each."""
     found = []
-    for directory in directories:
+    for directory, moment in directories.items():
         with suppress(OSError), os.scandir(directory) as entries:
             found += [Path(e.path) for e in entries if e.name.endswith(".py") and e.stat().st_mtime > moment]
     return found
@@ -116,12 +122,12 @@ def problem_since(moment: float) -> str | None:
 
 
 class Watch:
-    """Calls `on_change` once what `began` (seconds since 1970) has loaded has changed on disk, and would load.
+    """Calls `on_change` once what this process has loaded since it `began` has changed on disk, and would load.
 
-    `started` gives the names of the modules whose functions were started as tasks.
+    `started` gives the modules whose functions were started as tasks, and when first. Times are seconds since 1970.
     """
 
-    def __init__(self, began: float, started: Callable[[], Iterable[str]], on_change: Callable[[], None]) -> None:
+    def __init__(self, began: float, started: Callable[[], Mapping[str, float]], on_change: Callable[[], None]) -> None:
         self._watchfiles = require()
         self._began = began
         self._started = started
@@ -138,17 +144,17 @@ class Watch:
         self._stop.set()
         self._thread.join(2)
 
-    def _directories(self) -> set[Path]:
-        return directories(list(sys.modules.values()), self._started(), sys.path)
+    def _directories(self) -> dict[Path, float]:
+        return directories(list(sys.modules.values()), self._began, self._started(), sys.path)
 
     def _run(self) -> None:
         seen: set[Path] = set()  # what has changed and would not load: until it does, or its next change
-        since = self._began
+        looked: dict[Path, float] = {}  #: when what had changed in a watched directory was last seen
         while not self._stop.is_set():
             try:
                 watched = self._directories()
-                for changed in self._changes(watched, since):
-                    since = time.time()
+                for changed in self._changes({**watched, **{p: looked[p] for p in watched if p in looked}}):
+                    looked |= dict.fromkeys(watched, time.time())
                     seen |= changed
                     if changed and self._may_restart(seen):
                         self._on_change()
@@ -157,10 +163,10 @@ class Watch:
                 logger.exception("watching for changes failed; it goes on")
                 self._stop.wait(LOOK_SECONDS)
 
-    def _changes(self, watched: set[Path], since: float) -> Iterator[set[Path]]:
+    def _changes(self, watched: Mapping[Path, float]) -> Iterator[set[Path]]:
         """Sets of files that have changed in the watched directories; ends when others should be watched."""
         config = machine.settings_file()
-        places = {*watched, config.parent} if config.parent.is_dir() else watched
+        places = {*watched, config.parent} if config.parent.is_dir() else set(watched)
         found = self._watchfiles.watch(
             *places,
             watch_filter=lambda _change, name: name.endswith(".py") or name == str(config),
@@ -176,10 +182,10 @@ class Watch:
         for changes in found:
             files = {Path(name) for _, name in changes}
             if first:  # written before the watch stood
-                files |= set(changed_since(since, watched))
+                files |= set(changed_since(watched))
                 first = False
             yield files
-            if self._directories() != watched:
+            if self._directories().keys() != watched.keys():
                 return
 
     def _may_restart(self, changed: set[Path]) -> bool:

@@ -489,8 +489,8 @@ class Runner:
         self.lease_until = 0.0
         #: What must not outlive the lease.
         self.strict: set[Attempt] = set()
-        #: Of the functions that were started.
-        self.modules: set[str] = set()
+        #: The modules of the functions that were started, and when first (seconds since 1970).
+        self.modules: dict[str, float] = {}
         #: Celery's Request wants a task object; what it is asked for (events on, no late acknowledgement) is the same for all.
         self.proxy_task = app.tasks["celery.backend_cleanup"]
 
@@ -524,7 +524,7 @@ class Runner:
             if why := identity.refusal(task, self.place, self.settings):
                 attempt.refuse(why)
             elif runs_in_pool(task, self.place):
-                self.modules.add(task.function.partition(":")[0])
+                self.modules.setdefault(task.function.partition(":")[0], time.time())
                 attempt.start_function(variables)
             else:
                 user, environment = self._other_user(task, variables)

@@ -35,7 +35,8 @@ class WorkerSignals:
         self._on_stop = on_stop
         self._on_restart = on_restart
         self._why_not = why_not
-        self._asked = self._stopping = self._checking = self._leaving = False
+        self._asked = self._stopping = self._leaving = False
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._pid = os.getpid()
         self._had_terminal = os.isatty(0)
         self._celery: dict[int, Handler] = {}
@@ -52,6 +53,9 @@ class WorkerSignals:
             if callable(handler):
                 self._celery[number] = handler
                 signal.signal(number, self._end)
+        # A handler may interrupt anything, also what holds the locks of logging or of threading: it wakes this thread, which
+        # does what takes longer.
+        threading.Thread(target=self._restart_when_asked, name="aque-restart", daemon=True).start()
         signal.signal(signal.SIGHUP, self._hang_up)
 
     def leave(self) -> bool:
@@ -64,22 +68,26 @@ class WorkerSignals:
             return  # a child of the pool, a moment after the fork
         if self._had_terminal and not os.isatty(0):
             self._end(signal.SIGTERM, frame)  # the terminal is gone, and with it whoever started this
-        elif not (self._stopping or self._asked or self._checking):
-            self._checking = True
-            # A handler may interrupt anything, also what holds the locks of logging: it only starts what takes longer.
-            threading.Thread(target=self._restart, name="aque-restart", daemon=True).start()
+        else:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _restart_when_asked(self) -> None:
+        while not self._asked:
+            os.eventfd_read(self._wake_fd)
+            try:
+                if not self._stopping:
+                    self._restart()
+            except Exception:
+                logger.exception("the restart failed, this worker goes on as it is")
 
     def _restart(self) -> None:
-        try:
-            if problem := self._why_not():
-                logger.error("this worker does not restart, and goes on as it is: %s", problem)
-                return
-            logger.warning("restarting: commands go on, Python tasks end first")
-            self._asked = True
-            celery_state.should_stop = EX_OK
-            self._on_restart()
-        finally:
-            self._checking = False
+        if problem := self._why_not():
+            logger.error("this worker does not restart, and goes on as it is: %s", problem)
+            return
+        logger.warning("restarting: commands go on, Python tasks end first")
+        self._asked = True
+        celery_state.should_stop = EX_OK
+        self._on_restart()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

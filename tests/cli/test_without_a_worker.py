@@ -471,3 +471,12 @@ def test_the_state_directory_is_private(aque):
     aque("status")
     state = Path(aque.environment["AQUE_STATE_DIR"])
     assert os.stat(state).st_mode & 0o077 == 0 and os.stat(state / "aque.db").st_mode & 0o077 == 0
+
+
+def test_reload_without_its_package_is_a_sentence(aque, tmp_path):
+    (tmp_path / "watchfiles.py").write_text("raise ImportError('not installed')\n")
+    done = aque("worker", "--reload", env={"PYTHONPATH": str(tmp_path)})
+    assert (done.status, done.err) == (
+        2,
+        "aque: --reload needs the package watchfiles: install aque[reload].\n",
+    )

@@ -27,8 +27,8 @@ def test_directories_of_imported_modules_are_watched_with_their_packages_and_not
     write(tmp_path / "lib" / "__init__.py")
     write(tmp_path / "lib" / "deep" / "__init__.py")
     write(tmp_path / "frames" / "0001.exr")
-    found = reload.directories([module(tasks), os, ModuleType("builtin"), None], [], [])
-    assert found == {tmp_path, tmp_path / "lib", tmp_path / "lib" / "deep"}
+    found = reload.directories([module(tasks), os, ModuleType("builtin"), None], 5.0, {}, [])
+    assert found == dict.fromkeys([tmp_path, tmp_path / "lib", tmp_path / "lib" / "deep"], 5.0)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,16 @@ def test_a_module_that_only_the_pool_has_imported_is_found(
     tmp_path: Path, name: str, file: str, directory: str
 ) -> None:
     write(tmp_path / file)
-    assert reload.directories([], [name], [str(tmp_path), *sys.path]) == {(tmp_path / directory).absolute()}
+    assert reload.directories([], 5.0, {name: 7.0}, [str(tmp_path), *sys.path]) == {
+        (tmp_path / directory).absolute(): 7.0
+    }
     assert name not in sys.modules
 
 
 def test_modules_of_installed_packages_are_not_watched() -> None:
-    assert reload.directories([os, pytest], ["json", "sqlalchemy.orm", "no_such_module"], sys.path) == set()
+    assert (
+        reload.directories([os, pytest], 5.0, dict.fromkeys(["json", "sqlalchemy.orm", "no_such"], 7.0), sys.path) == {}
+    )
 
 
 def test_a_file_that_cannot_be_compiled_is_a_sentence(tmp_path: Path) -> None:
@@ -69,4 +73,4 @@ def test_what_was_written_while_the_worker_started_is_seen(tmp_path: Path) -> No
     old, new = write(tmp_path / "old.py"), write(tmp_path / "new.py")
     os.utime(old, (1000, 1000))
     os.utime(new, (3000, 3000))
-    assert reload.changed_since(2000, [tmp_path, tmp_path / "gone"]) == [new]
+    assert reload.changed_since({tmp_path: 2000, tmp_path / "gone": 0}) == [new]

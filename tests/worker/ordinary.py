@@ -9,7 +9,7 @@ from celery import Celery
 from celery.signals import celeryd_init
 
 import aque
-from tests.worker.tasks import append
+from tests.worker.tasks import append, wait_for
 
 app = aque.setup(Celery("ordinary", backend=os.environ.get("TEST_BACKEND", "rpc://"), include=["tests.worker.tasks"]))
 
@@ -30,6 +30,12 @@ def reserve_one(path: str, name: str, seconds: float) -> None:
 def current_task_id() -> int | None:
     task = aque.current_task()
     return None if task is None else task.id
+
+
+@app.task  # type: ignore[untyped-decorator]
+def wait(path: str, gate: str) -> None:
+    append(path, "once")
+    wait_for(gate)
 
 
 @app.task(base=aque.Task)  # type: ignore[untyped-decorator]

@@ -3,6 +3,7 @@
 import os
 import pty
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ import aque
 from tests.conftest import start
 from tests.servers import PostgreSQL, wait_until
 from tests.worker import tasks
-from tests.worker.farm import LIMIT_SECONDS, ROOT, Farm, Worker, processes_with
+from tests.worker.farm import LIMIT_SECONDS, PROGRAMS, ROOT, Farm, Worker, processes_with
 
 LIMIT = LIMIT_SECONDS
 #: Writes numbered lines until there is the file of the test, at once and without end; then how many it has written.
@@ -304,6 +305,33 @@ def test_a_syntax_error_prevents_a_restart_and_not_the_work(own_farm: Farm, tmp_
     talker.assert_that_it_ran_once(own_farm)
 
 
+def test_a_worker_with_reload_runs_the_new_code_of_a_module_that_only_its_pool_has_imported(
+    own_farm: Farm, tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "late.py").write_text("def version():\n    return 1\n")
+    environment = {"PYTHONPATH": str(code)}
+    words = ("aque", "worker", "--reload", "-c", "1", "-n", "one@test")
+    worker = Worker(own_farm, "one@test", own_farm.start_program(*words, env=environment))
+    own_farm.workers.append(worker)
+    worker.wait_until_it_claims()
+
+    def version() -> str:
+        called = [PROGRAMS / "aque", "call", "--wait", "late:version"]
+        return subprocess.check_output(called, env={**own_farm.environment, **environment}, text=True).strip()
+
+    assert version() == "1"
+    (code / "late.py").write_text("def version(:\n")
+    (code / "late.py").write_text("def version():\n    return 'second'\n")
+    wait_until(lambda: version() == '"second"', LIMIT, "the new code runs")
+    (code / "late.py").write_text("def version(:\n")
+    wait_until(lambda: "this worker goes on as it is" in worker.log(), LIMIT, "it says what is wrong")
+    assert f"{code / 'late.py'}, line 1: " in worker.log()
+    assert aque.shell(["true"]).get(timeout=LIMIT)["exit_code"] == 0
+    assert restarts(worker) >= 1
+
+
 def test_aque_worker_restarts_with_its_own_words_and_keeps_its_pid_file(own_farm: Farm, tmp_path: Path) -> None:
     pidfile = tmp_path / "pid"
     program = own_farm.start_program("aque", "worker", "-c", "1", "-n", "two@test", "--", "--pidfile", str(pidfile))
@@ -446,3 +474,23 @@ def test_a_new_image_that_cannot_read_what_the_old_one_left_gives_everything_bac
     assert own_farm.attempts(talker.task) == [(1, "given back", None)]
     talker.finish()
     own_farm.wait_for_state(talker.task, "success")
+
+
+def test_an_ordinary_task_of_the_app_ends_before_the_restart(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=2, app="tests.worker.ordinary")
+    client = own_farm.client()
+    path, gate = tmp_path / "started", tmp_path / "gate"
+    client.send_task("tests.worker.ordinary.wait", (str(path), str(gate)))
+    wait_until(path.exists, LIMIT, "it runs")
+    talker = Talker(tmp_path)
+    talker.wait_until_it_runs()
+    worker.deliver(signal.SIGHUP)
+    wait_until(lambda: "restarting:" in worker.log(), LIMIT, "it has heard")
+    assert aque.shell(["true"], cpus=0.1).get(timeout=LIMIT)["exit_code"] == 0
+    assert restarts(worker) == 0
+    gate.touch()
+    wait_until(lambda: restarts(worker) == 1, LIMIT, "the new image goes on")
+    talker.finish()
+    talker.assert_that_it_ran_once(own_farm)
+    assert path.read_text() == "once\n"
+    client.close()
