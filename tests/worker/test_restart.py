@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -16,7 +15,6 @@ import psutil
 import pytest
 
 import aque
-from tests.conftest import start
 from tests.servers import PostgreSQL, wait_until
 from tests.worker import tasks
 from tests.worker.farm import LIMIT_SECONDS, PROGRAMS, ROOT, Farm, Worker, processes_with
@@ -415,23 +413,17 @@ def test_a_quit_after_a_restart_gives_back_what_was_handed_over(own_farm: Farm, 
 # -- the database -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_server() -> Iterator[PostgreSQL]:
-    with start(PostgreSQL) as server:
-        yield server
-
-
-def test_a_restart_while_postgresql_is_away_loses_nothing(own_server: PostgreSQL, tmp_path: Path) -> None:
-    with Farm(own_server.url, tmp_path) as farm, farm.entered():
+def test_a_restart_while_postgresql_is_away_loses_nothing(own_postgresql: PostgreSQL, tmp_path: Path) -> None:
+    with Farm(own_postgresql.url, tmp_path) as farm, farm.entered():
         worker = farm.start_worker("-c", "1", cpus=2, lease_seconds=1)
         across, ending = Talker(tmp_path), Talker(tmp_path)
         for talker in (across, ending):
             talker.wait_until_it_runs()
-        own_server.stop("fast")
+        own_postgresql.stop("fast")
         ending.finish()  # its end is in the memory of the old image alone
         wait_until(lambda: not ending.processes(), LIMIT, "it is over")
         restart(worker)
-        own_server.start()
+        own_postgresql.start()
         farm.store.close()  # this process's connections are gone too
         across.finish()
         for talker in (across, ending):
