@@ -485,7 +485,6 @@ def _prepare(sender: Any, **_: Any) -> None:
     sender.install_platform_tweaks = partial(_install_signals, install=sender.install_platform_tweaks)
     sender.start = partial(_run, sender, sender.start)
     sender.aque_commands = CommandRunner()
-    sender.aque_commands.start()
     sender.aque_strangers = Strangers(sender.aque_commands.pids) if sender.pool_cls is TaskPool else None
     sender.aque_handed_over = None if restart.handover is None else restart.handover.state()
     if sender.aque_handed_over is None:

@@ -461,11 +461,11 @@ class CommandRunner:
             )
         self._pool = {pid for pid in self._pool if not supervisor.is_over(pid)}
         self._listen(ours)
-        for pid in self._pool:
-            self._order(supervisor.WATCH, pid)
 
     def _listen(self, control: socket.socket) -> None:
         self._control = control
+        for pid in self._pool:
+            self._order(supervisor.WATCH, pid)
         self._post(lambda: self._selector.register(control, selectors.EVENT_READ, lambda _events: self._on_control()))
 
     def _ask(self, wanted: int) -> None:
