@@ -19,7 +19,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 from typing import Any, Literal
 
-from aque import supervisor
+from aque import processes, protocol, server, supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Command:
     time_limit_seconds: float | None = None
     #: After this time the tree gets SIGTERM, and how the command ends is up to it.
     soft_time_limit_seconds: float | None = None
-    #: A moment of `supervisor.lease_clock`: unless `Running.renew` names a later one, nothing of the command lives then.
+    #: A moment of `processes.lease_clock`: unless `Running.renew` names a later one, nothing of the command lives then.
     lease_until: float | None = None
     #: Between the SIGTERM of a time limit and SIGKILL.
     kill_grace_seconds: float = 5.0
@@ -171,15 +171,15 @@ class Running:
 
     def signal(self, number: int) -> None:
         """Deliver a signal to the command's process group. Nothing ends but by its own doing."""
-        self._runner._tell(self, supervisor.SIGNAL, supervisor.NUMBER.pack(number))
+        self._runner._tell(self, protocol.SIGNAL, protocol.NUMBER.pack(number))
 
     def kill(self, number: int = SIGTERM, grace_seconds: float = 5.0) -> None:
         """Signal the whole tree, and SIGKILL what is left of it after the grace. A later call can shorten the grace."""
-        self._runner._tell(self, supervisor.KILL, supervisor.KILLING.pack(number, grace_seconds))
+        self._runner._tell(self, protocol.KILL, protocol.KILLING.pack(number, grace_seconds))
 
     def renew(self, until: float) -> None:
-        """Let a command with a lease run until this moment of `supervisor.lease_clock`."""
-        self._runner._tell(self, supervisor.LEASE, supervisor.MOMENT.pack(until))
+        """Let a command with a lease run until this moment of `processes.lease_clock`."""
+        self._runner._tell(self, protocol.LEASE, protocol.MOMENT.pack(until))
 
 
 class _Channel:
@@ -272,7 +272,7 @@ class CommandRunner:
         with self._lock:
             self._pool.add(pid)
             if self._control is not None:
-                self._order(supervisor.WATCH, pid)
+                self._order(protocol.WATCH, pid)
 
     def pids(self) -> set[int]:
         """The server and the supervisors."""
@@ -449,7 +449,7 @@ class CommandRunner:
         arguments = (theirs.fileno(), os.getpid(), Path(__file__).parents[1])
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", supervisor.PROGRAM, *map(str, arguments)],
+                [sys.executable, "-I", "-S", "-c", server.PROGRAM, *map(str, arguments)],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -459,26 +459,26 @@ class CommandRunner:
                 env={name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"},
                 start_new_session=True,  # Ctrl-C is for the worker, which then decides
             )
-        self._pool = {pid for pid in self._pool if not supervisor.is_over(pid)}
+        self._pool = {pid for pid in self._pool if not processes.is_over(pid)}
         self._listen(ours)
 
     def _listen(self, control: socket.socket) -> None:
         self._control = control
         for pid in self._pool:
-            self._order(supervisor.WATCH, pid)
+            self._order(protocol.WATCH, pid)
         self._post(lambda: self._selector.register(control, selectors.EVENT_READ, lambda _events: self._on_control()))
 
     def _ask(self, wanted: int) -> None:
         """Have `wanted` supervisors on their way."""
         if self._control is None:
             self._post(self._revive)
-        elif wanted > self._asked and self._order(supervisor.FORK, wanted - self._asked):
+        elif wanted > self._asked and self._order(protocol.FORK, wanted - self._asked):
             self._asked = wanted  # else it is full: asked again with the next answer; or gone: with the next server
 
     def _order(self, kind: bytes, number: int) -> bool:
         assert self._control is not None
         try:
-            self._control.send(supervisor.ORDER.pack(kind, number))
+            self._control.send(protocol.ORDER.pack(kind, number))
         except OSError:
             return False
         return True
@@ -518,18 +518,18 @@ class CommandRunner:
     # Below: from any thread, without the lock
 
     def _tell(self, running: Running, kind: bytes, body: bytes) -> None:
-        frame = supervisor.FRAME.pack(kind, len(body)) + body
+        frame = protocol.FRAME.pack(kind, len(body)) + body
         with self._lock:
             if running._done:
                 return
             if running._channel is not None:
                 self._send(running._channel, frame)
-                if kind == supervisor.KILL and running.pid is None:
+                if kind == protocol.KILL and running.pid is None:
                     running._killed = True
-                    seconds = supervisor.KILLING.unpack(body)[1] + START_SECONDS
+                    seconds = protocol.KILLING.unpack(body)[1] + START_SECONDS
                     self._starting.append((time.monotonic() + seconds, running))
                     self._post(lambda: None)  # it waits for what is due next
-            elif kind == supervisor.KILL:
+            elif kind == protocol.KILL:
                 running._done = True
                 self._waiting.remove(running)
                 ended = Ended("killed", f"{_name(running.command)} was killed before it was started.")
@@ -561,7 +561,7 @@ class CommandRunner:
             for due, running in [late for late in self._starting if late[0] <= now]:
                 self._starting.remove((due, running))
                 if running.pid is None and not running._done and running._channel and self._control:
-                    self._order(supervisor.ABANDON, running._channel.pid)
+                    self._order(protocol.ABANDON, running._channel.pid)
             while len(self._idle) > WARM and self._idle[0].idle_since + IDLE_SECONDS <= now:
                 expired.append(self._idle[0])
                 self._release(self._idle[0])
@@ -590,7 +590,7 @@ class CommandRunner:
         control = self._control
         while control is not None:
             try:
-                message, fds, _, _ = socket.recv_fds(control, supervisor.ORDER.size, 1, socket.MSG_CMSG_CLOEXEC)
+                message, fds, _, _ = socket.recv_fds(control, protocol.ORDER.size, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
             except OSError:
@@ -598,10 +598,10 @@ class CommandRunner:
             if not message:
                 self._on_server_lost(control)
                 return
-            if len(message) == supervisor.ORDER.size:
-                self._on_gone(supervisor.ORDER.unpack(message)[1])
+            if len(message) == protocol.ORDER.size:
+                self._on_gone(protocol.ORDER.unpack(message)[1])
                 continue
-            (pid,) = supervisor.NUMBER.unpack(message)
+            (pid,) = protocol.NUMBER.unpack(message)
             refused: Running | None = None
             with self._lock:
                 self._starts = 0
@@ -701,26 +701,26 @@ class CommandRunner:
     def _read_frames(self, channel: _Channel, received: memoryview) -> None:
         data = memoryview(channel.incoming + received) if channel.incoming else received
         start = 0
-        while len(data) - start >= supervisor.FRAME.size:
-            kind, length = supervisor.FRAME.unpack_from(data, start)
-            end = start + supervisor.FRAME.size + length
+        while len(data) - start >= protocol.FRAME.size:
+            kind, length = protocol.FRAME.unpack_from(data, start)
+            end = start + protocol.FRAME.size + length
             if end > len(data):
                 break
-            self._on_frame(channel, kind, bytes(data[start + supervisor.FRAME.size : end]))
+            self._on_frame(channel, kind, bytes(data[start + protocol.FRAME.size : end]))
             start = end
         channel.incoming = bytes(data[start:])
 
     def _on_frame(self, channel: _Channel, kind: bytes, body: bytes) -> None:
         running = channel.running
-        if kind == supervisor.BROKEN:
+        if kind == protocol.BROKEN:
             channel.broken = body.decode()
             logger.error("a supervisor failed, and killed what it ran:\n%s", channel.broken)
         elif running is None:
             logger.error("a supervisor without a command sent %r.", kind)
-        elif kind == supervisor.STARTED:
-            (running.pid,) = supervisor.NUMBER.unpack(body)
+        elif kind == protocol.STARTED:
+            (running.pid,) = protocol.NUMBER.unpack(body)
             self._call(running.on_started, running.pid)
-        elif kind == supervisor.ENDED:
+        elif kind == protocol.ENDED:
             report = marshal.loads(body)
             with self._changed:
                 running._done = True
@@ -730,11 +730,11 @@ class CommandRunner:
                     self._assign(channel)
                 self._changed.notify_all()
             self._call(running.on_ended, _ended(running, report))
-        elif kind == supervisor.RESULT:
+        elif kind == protocol.RESULT:
             running._result += body
-        elif kind == supervisor.TAIL:
-            kind, offset = supervisor.PIECE.unpack_from(body)
-            self._on_output(running, kind, offset, body[supervisor.PIECE.size :])
+        elif kind == protocol.TAIL:
+            kind, offset = protocol.PIECE.unpack_from(body)
+            self._on_output(running, kind, offset, body[protocol.PIECE.size :])
         else:
             self._on_output(running, kind, running.written[_FDS[kind]], body)
 
@@ -799,7 +799,7 @@ class _Inherited:
             os.waitpid(self.pid, 0)
 
 
-_FDS = {supervisor.STDOUT: 1, supervisor.STDERR: 2}
+_FDS = {protocol.STDOUT: 1, protocol.STDERR: 2}
 
 
 def _name(command: Command) -> str:
@@ -831,7 +831,7 @@ def _frames(command: Command) -> list[bytes]:
             "kill_grace_seconds": command.kill_grace_seconds,
         }
     )
-    return [supervisor.FRAME.pack(supervisor.RUN, len(spec)) + spec, stdin]
+    return [protocol.FRAME.pack(protocol.RUN, len(spec)) + spec, stdin]
 
 
 def _lost(running: Running, channel: _Channel) -> Ended:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from aque.supervisor import (
+from aque.processes import (
     HAS_LISTS,
     become_subreaper,
     children_of_all,

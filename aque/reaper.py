@@ -10,8 +10,8 @@ from typing import Any
 
 from aque import doorbell, machine
 from aque.errors import StoreError
+from aque.processes import lease_clock
 from aque.store import DatabaseError, Store, WorkerRow
-from aque.supervisor import lease_clock
 
 logger = logging.getLogger(__name__)
 

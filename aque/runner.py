@@ -485,7 +485,7 @@ class Runner:
         self.listener = listener
         self.rlimits = machine.parse_rlimits(settings.rlimits)
         self.end_strangers = end_strangers
-        #: A moment of `supervisor.lease_clock`: so long the table holds this worker's tasks for it.
+        #: A moment of `processes.lease_clock`: so long the table holds this worker's tasks for it.
         self.lease_until = 0.0
         #: What must not outlive the lease.
         self.strict: set[Attempt] = set()
@@ -495,7 +495,7 @@ class Runner:
         self.proxy_task = app.tasks["celery.backend_cleanup"]
 
     def renew(self, until: float) -> None:
-        """The worker's lease holds until this moment of `supervisor.lease_clock`."""
+        """The worker's lease holds until this moment of `processes.lease_clock`."""
         self.lease_until = until
         for attempt in list(self.strict):
             attempt.renew(until)

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 import aque
-from aque import supervisor
+from aque import processes
 from tests.faults import tree
 from tests.servers import wait_until
 from tests.worker.farm import LIMIT_SECONDS, SETTINGS, Farm, Worker, processes_named
@@ -95,7 +95,7 @@ class Tree:
         return int(self.records()[0][1])
 
     def supervisor(self) -> int:
-        return next(above for above, below in supervisor.children_of_all().items() if self.pid in below)
+        return next(above for above, below in processes.children_of_all().items() if self.pid in below)
 
 
 Act = Callable[[Farm, Tree, Worker], None]
@@ -144,7 +144,7 @@ class Trees:
 
 def left(pids: set[int]) -> set[int]:
     """Those that live."""
-    return {pid for pid in pids if not supervisor.is_over(pid)}
+    return {pid for pid in pids if not processes.is_over(pid)}
 
 
 def kill_worker(farm: Farm, grown: Tree, worker: Worker) -> None:

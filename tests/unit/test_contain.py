@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 COMMON = """
 import os, signal, subprocess, sys, threading, time
 from aque import contain
-from aque.supervisor import descendants, is_over
+from aque.processes import descendants, is_over
 
 def wait_until(condition):
     deadline = time.monotonic() + 20

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from aque import commands, supervisor
+from aque import commands, processes, server
 from aque.commands import Command, CommandRunner, Ended, Running
 
 LIMIT_SECONDS = 20.0
@@ -101,7 +101,7 @@ def living(mark: bytes) -> set[int]:
 
 
 def parent(pid: int) -> int:
-    return next(above for above, below in supervisor.children_of_all().items() if pid in below)
+    return next(above for above, below in processes.children_of_all().items() if pid in below)
 
 
 def server_of(runner: CommandRunner) -> int:
@@ -480,22 +480,22 @@ def test_after_the_soft_time_limit_the_hard_one_is_still_in_force(run):
 
 def test_nothing_of_a_command_lives_when_its_lease_ends(run):
     mark = new_mark()
-    until = supervisor.lease_clock() + 1.0
+    until = processes.lease_clock() + 1.0
     command = run(b"sh", b"-c", TREE + b"trap '' TERM; wait; wait", mark, lease_until=until, kill_grace_seconds=0.4)
     ended = command.wait()
     assert ended.reason == "lease"
     assert living(mark) == set()
-    assert supervisor.lease_clock() < until + 0.5  # the signal came the grace before the end
+    assert processes.lease_clock() < until + 0.5  # the signal came the grace before the end
 
 
 def test_a_lease_that_is_renewed_goes_on_and_one_that_is_over_lets_nothing_start(run, tmp_path):
-    until = supervisor.lease_clock() + 2.0
+    until = processes.lease_clock() + 2.0
     renewed = run(b"sh", b"-c", b"until [ -e gate ]; do sleep 0.01; done", lease_until=until, kill_grace_seconds=0.1)
     assert renewed.pid
     renewed.running.renew(until + 1000)
-    late = run(b"sleep", b"1000", lease_until=supervisor.lease_clock() - 1)
+    late = run(b"sleep", b"1000", lease_until=processes.lease_clock() - 1)
     assert late.wait().reason == "lease"
-    wait_until(lambda: supervisor.lease_clock() > until, "the first lease would be over")
+    wait_until(lambda: processes.lease_clock() > until, "the first lease would be over")
     (tmp_path / "gate").touch()
     assert renewed.wait().reason == "exit"
 
@@ -523,7 +523,7 @@ def test_orphans_are_reaped_while_the_command_runs(run):
     command = run(b"sh", b"-c", b"for i in $(seq 50); do (true &); done; echo done; exec sleep " + new_mark())
     wait_until(lambda: command.stdout == b"done\n", "the orphans were made")
     above = parent(command.pid)
-    wait_until(lambda: supervisor.children(above) == [command.pid], "no zombie is left")
+    wait_until(lambda: processes.children(above) == [command.pid], "no zombie is left")
     command.running.kill(signal.SIGKILL, 0)
     command.wait()
 
@@ -628,14 +628,14 @@ def test_the_death_of_a_supervisor_is_told_when_nothing_lives_of_what_it_ran(run
 #: A worker with a process of its pool, a subreaper that is deaf to SIGTERM, and a tree below that.
 POOL = """
 import os, signal, subprocess, sys, threading
-from aque import supervisor
+from aque import processes
 from aque.commands import Command, CommandRunner
 mark, tree = sys.argv[1:]
 runner = CommandRunner()
 runner.start()
 child = os.fork()
 if not child:
-    supervisor.become_subreaper()
+    processes.become_subreaper()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.run(["sh", "-c", tree + "wait; wait; sleep $0", mark])
 runner.watch(child)
@@ -671,7 +671,7 @@ def test_the_pool_of_a_worker_that_is_killed_is_ended_with_all_that_it_started(s
             assert len(living(mark)) >= 8
         worker.kill()
         wait_until(lambda: not living(mark), "the tree is gone")
-        wait_until(lambda: supervisor.is_over(child) and supervisor.is_over(server), "and so are they")
+        wait_until(lambda: processes.is_over(child) and processes.is_over(server), "and so are they")
 
 
 def test_commands_outlive_the_server_and_the_next_ones_get_another(runner, run):
@@ -757,7 +757,7 @@ def test_supervisors_that_are_idle_for_long_end(runner, run, monkeypatch):
     monkeypatch.setattr(commands, "IDLE_SECONDS", 0.1)
     for command in [run(b"sleep", b"0.1") for _ in range(10)]:
         command.wait()
-    wait_until(lambda: len(supervisor.children(server_of(runner))) == commands.WARM, "the others have ended")
+    wait_until(lambda: len(processes.children(server_of(runner))) == commands.WARM, "the others have ended")
     assert run(b"true").wait().exit_code == 0
 
 
@@ -784,7 +784,7 @@ def test_descriptors_do_not_leak(runner, tmp_path):
         return len(os.listdir("/proc/self/fd")) - len(runner._channels)
 
     def open_there() -> int:
-        pids = supervisor.descendants(os.getpid())
+        pids = processes.descendants(os.getpid())
         return max(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
     cwds = [os.fsencode(tmp_path), b"/nowhere"]
@@ -819,13 +819,21 @@ def test_both_ways_to_find_children_agree(run):
     command = run(b"sh", b"-c", TREE + b"wait", mark)
     wait_until(lambda: len(living(mark)) >= 6, "the tree stands")
     above = parent(command.pid)
-    wait_until(lambda: sorted(supervisor.children(above)) == sorted(supervisor.children_of_all()[above]), "they agree")
+    wait_until(lambda: sorted(processes.children(above)) == sorted(processes.children_of_all()[above]), "they agree")
     command.running.kill(signal.SIGKILL, 0)
     command.wait()
 
 
 def test_the_supervisor_needs_nothing_but_the_standard_library():
-    code = supervisor.PROGRAM.replace("main()", "print(*[name for name in sys.modules if 'aque' in name])")
-    root = str(Path(supervisor.__file__).parents[1])
+    code = server.PROGRAM.replace("main()", "print(*[name for name in sys.modules if 'aque' in name])")
+    root = str(Path(server.__file__).parents[1])
     done = subprocess.run([sys.executable, "-ISc", code, "", "", root], capture_output=True, check=True, text=True)
-    assert sorted(done.stdout.split()) == ["aque", "aque.launch", "aque.supervisor", "aque.version"]
+    assert sorted(done.stdout.split()) == [
+        "aque",
+        "aque.launch",
+        "aque.processes",
+        "aque.protocol",
+        "aque.server",
+        "aque.supervisor",
+        "aque.version",
+    ]
