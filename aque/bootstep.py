@@ -5,7 +5,6 @@ comes and goes with the broker's connection, joins it to Celery's queues, events
 """
 
 import atexit
-import logging
 import os
 import sys
 from functools import partial
@@ -29,8 +28,6 @@ from aque.pool import TaskPool
 from aque.signals import WorkerSignals
 from aque.store import open_store, unchecked_store
 from aque.worker import AqueWorker
-
-logger = logging.getLogger(__name__)
 
 
 class WorkerStep(bootsteps.StartStopStep):

@@ -19,7 +19,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 from typing import Any, Literal
 
-from aque import processes, protocol, server, supervisor
+from aque import cgroups, processes, protocol, server, supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +239,7 @@ class CommandRunner:
         self._wakeup = -1
         self._thread: threading.Thread | None = None
         self._stopping = self._frozen = False
+        self._group = cgroups.home()
         self._server: subprocess.Popen[bytes] | _Inherited | None = None
         self._control: socket.socket | None = None
         #: Supervisors asked for and not here yet; starts of the server since it last answered.
@@ -273,6 +274,11 @@ class CommandRunner:
             self._pool.add(pid)
             if self._control is not None:
                 self._order(protocol.WATCH, pid)
+
+    @property
+    def containment(self) -> str:
+        """How commands are kept together, for people."""
+        return "subreaper" if self._group is None else "cgroup and subreaper"
 
     def pids(self) -> set[int]:
         """The server and the supervisors."""
@@ -446,7 +452,7 @@ class CommandRunner:
         self._asked = 0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        arguments = (theirs.fileno(), os.getpid(), Path(__file__).parents[1])
+        arguments = (theirs.fileno(), os.getpid(), Path(__file__).parents[1], self._group or "")
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", server.PROGRAM, *map(str, arguments)],

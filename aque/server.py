@@ -4,8 +4,8 @@ It forks a supervisor when the worker asks for one, and answers with the worker'
 supervisor be killed, the server inherits what it ran and kills that. When the worker's process ends, the server also ends the
 processes of its pool, with all that they started.
 
-Run as `python -I -S -c PROGRAM CONTROL_FD WORKER_PID PATH`, so that it needs the standard library alone and starts as a fresh,
-single-threaded interpreter: forking it is safe and cheap, forking a worker full of threads is neither.
+Run as `python -I -S -c PROGRAM CONTROL_FD WORKER_PID PATH GROUP`, so that it needs the standard library alone and starts as a
+fresh, single-threaded interpreter: forking it is safe and cheap, forking a worker full of threads is neither.
 """
 
 import errno
@@ -22,6 +22,7 @@ import traceback
 from contextlib import suppress
 from typing import NoReturn
 
+from aque.cgroups import PREFIX, Group
 from aque.processes import become_subreaper, catch_signals, descendants, end_tree, is_readable, send_signal
 from aque.protocol import ABANDON, BROKEN, FORK, GONE, NUMBER, ORDER, WATCH
 from aque.supervisor import Gone, Supervisor
@@ -36,9 +37,11 @@ PATIENCE_SECONDS = 5.0
 class Server:
     """Forks supervisors, and kills what a killed supervisor leaves behind."""
 
-    def __init__(self, control: socket.socket, worker: int) -> None:
+    def __init__(self, control: socket.socket, worker: int, group: Group | None) -> None:
+        """`worker` is its pidfd; supervisors get groups below `group`, None: there are no groups here."""
         self.control = control
         self.worker = worker
+        self.group = group
         self.supervisors: set[int] = set()
         #: Supervisors that have ended, with what they ran perhaps still dying.
         self.ended: list[int] = []
@@ -80,6 +83,8 @@ class Server:
                         poll.register(pidfd, select.POLLIN)
             strangers = self.reap()
             if patience_until < math.inf and not self.supervisors and not strangers and not self.pool:
+                if self.group is not None:
+                    self.group.remove()
                 return
             if patience_until <= time.monotonic():
                 for pid in self.supervisors:
@@ -131,7 +136,7 @@ class Server:
             os.close(self.wakeup)
             os.close(signal.set_wakeup_fd(-1))
             become_subreaper()  # a fork does not inherit it
-            supervisor = Supervisor(channel, self.worker)
+            supervisor = Supervisor(channel, self.worker, self.group_of(os.getpid()), self.group)
             failure = ""
             try:
                 supervisor.serve()
@@ -146,6 +151,15 @@ class Server:
         finally:
             # No clean-up of what belongs to the server; and never back into its loop.
             os._exit(code)
+
+    def group_of(self, supervisor: int) -> Group | None:
+        """The group of a supervisor and what it runs."""
+        if self.group is None:
+            return None
+        try:
+            return Group(f"{self.group.path}/{supervisor}")
+        except OSError:
+            return None
 
     def watch(self, pid: int) -> None:
         for pidfd in [pidfd for pidfd in self.pool if is_readable(pidfd)]:
@@ -182,23 +196,26 @@ class Server:
 
     def reap(self) -> bool:
         """Collect the dead, and kill what dead supervisors have left; true while some of that lives."""
-        while True:
-            try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                self.tell_gone()
-                return False
-            if not pid:
-                break
-            if pid in self.supervisors:
-                self.supervisors.discard(pid)
-                self.ended.append(pid)
+        with suppress(ChildProcessError):
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                if pid in self.supervisors:
+                    self.supervisors.discard(pid)
+                    self.ended.append(pid)
         strangers = descendants(os.getpid(), except_for=self.supervisors)
         # All get the signal. Those that may not be signalled are not waited for: nothing more can be done about them.
-        left = [send_signal(pid, signal.SIGKILL) for pid in strangers].count(True) > 0
+        left = [send_signal(pid, signal.SIGKILL) for pid in strangers].count(True)
+        left += [self.end_group(pid) for pid in self.ended].count(False)
         if not left:
             self.tell_gone()
-        return left
+        return left > 0
+
+    def end_group(self, supervisor: int) -> bool:
+        """Kill what is in the group of a supervisor that has ended; true once nothing is."""
+        group = self.group_of(supervisor)
+        if group is None:
+            return True
+        group.kill()
+        return group.remove() or not group.is_populated()
 
 
 def main() -> None:
@@ -217,5 +234,10 @@ def main() -> None:
     worker = os.pidfd_open(worker_pid)
     if os.getppid() != worker_pid:
         return  # it ended already, and the pid may be another's
+    group = None
+    if home := sys.argv[4]:
+        Group(home).end_left()
+        with suppress(OSError):
+            group = Group(f"{home}/{PREFIX}{worker_pid}")
     gc.freeze()  # a collection in a fork would touch, and so copy, all that it shares with the server
-    Server(control, worker).serve()
+    Server(control, worker, group).serve()

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from aque import launch
+from aque.cgroups import Group
 from aque.processes import catch_signals, descendants, lease_clock, send_signal
 from aque.protocol import (
     ENDED,
@@ -55,9 +56,16 @@ class Gone(Exception):
 
 class Supervisor:
     """One supervisor process. `worker` is a pidfd: a fork of the worker can hold a copy of the channel, so that its end of
-    file may never come."""
+    file may never come. `group` is for this process and what it runs, `outside` is above it; None: there are no groups here."""
 
-    def __init__(self, channel: socket.socket, worker: int) -> None:
+    def __init__(self, channel: socket.socket, worker: int, group: Group | None, outside: Group | None) -> None:
+        self.group = group
+        self.outside = outside
+        if group is not None:
+            try:
+                group.enter()
+            except OSError:
+                self.group = None
         self.channel = channel
         self.worker = worker
         self.wakeup = catch_signals()
@@ -458,6 +466,11 @@ class Supervisor:
         pause = 0.005
         self.has_children = True
         self.reap()
+        if self.has_children and self.group is not None and self.outside is not None:
+            try:
+                self.group.kill_others(self.outside)
+            except OSError:
+                self.group = None  # signals do alone from now on
         while self.has_children:
             # At once again while new ones appear: a tree that forks is outrun, or at least kept busy dying.
             seen: set[int] = set()

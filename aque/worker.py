@@ -200,7 +200,7 @@ class AqueWorker:
             lease_seconds=self.settings.lease_seconds,
             user=self.user,
             switches_user=self.switches_user,
-            containment="subreaper",
+            containment=self.commands.containment,
         )
 
     def lost(self) -> int:

@@ -77,7 +77,8 @@ def _list(as_lines_of_json: bool, everyone: bool) -> int:
     if not rows:
         print("no worker is running: start one with `aque worker`.")
         return 0
-    header = ["name", "state", "host", "pid", "cpus", "memory", "running", "reserved", "queues", "age", "seen"]
+    header = ["name", "state", "host", "pid", "cpus", "memory", "running", "reserved", "queues"]
+    header += ["runs as", "kept together by", "age", "seen"]
     table = []
     now = time.time()
     for row in rows:
@@ -93,6 +94,8 @@ def _list(as_lines_of_json: bool, everyone: bool) -> int:
                 str(number),
                 f"{format_cpus(cpus)} cpus",
                 ",".join(row.info.queues),
+                "tasks' users" if row.info.switches_user else row.info.user,
+                row.info.containment,
                 span(now - row.started_at),
                 f"{span(now - row.seen_at)} ago",
             ]
@@ -131,6 +134,9 @@ def _values(row: WorkerRow, number: int, cpus: Fraction) -> dict[str, object]:
         "queues": row.info.queues,
         "platform": row.info.platform,
         "version": row.info.version,
+        "user": row.info.user,
+        "switches_user": row.info.switches_user,
+        "containment": row.info.containment,
         "started_at": datetime.fromtimestamp(row.started_at, UTC),
         "seen_at": datetime.fromtimestamp(row.seen_at, UTC),
     }
