@@ -194,6 +194,34 @@ def test_five_hangups_in_two_seconds_and_an_edit_disturb_no_task(own_farm: Farm,
     assert sorted((tmp_path / "record").read_text().split()) == sorted(function.id for function in functions)
 
 
+def test_a_function_under_another_interpreter_goes_on_across_a_restart(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=2)
+    (tmp_path / "functions.py").write_text(
+        "import os, time\n"
+        "def wait(path):\n"
+        "    print('begin', flush=True)\n"
+        "    while not os.path.exists(path): time.sleep(0.01)\n"
+        "    print('end')\n"
+        "    return os.getpid()\n"
+    )
+    words = ["call", "--interpreter", sys.executable, "functions:wait", f'"{tmp_path / "gate"}"']
+    done = subprocess.run(
+        [str(PROGRAMS / "aque"), *words],
+        cwd=tmp_path,
+        env=own_farm.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    task = tasks.echo.AsyncResult(done.stdout.strip())
+    wait_until(lambda: own_farm.output(task) == b"begin\n", LIMIT, "it has begun")
+    restart(worker)
+    (tmp_path / "gate").touch()
+    assert isinstance(task.get(timeout=LIMIT), int)
+    assert own_farm.output(task) == b"begin\nend\n"
+    assert (own_farm.row(task)["attempt"], own_farm.row(task)["lost"]) == (1, 0)
+
+
 def test_a_hangup_and_then_a_stop_is_a_stop(own_farm: Farm, tmp_path: Path) -> None:
     worker = own_farm.start_worker("-c", "1", cpus=2, drain_seconds=60)
     talker = Talker(tmp_path)
