@@ -83,6 +83,15 @@ def is_over(pid: int) -> bool:
     return fields[0] in b"ZX" and int(fields[17]) <= 1
 
 
+def parent(pid: int) -> int:
+    """0: there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def is_stopped(pid: int) -> bool:
     """True if no thread of the process runs, because it was stopped or because there is no such process."""
     try:
@@ -106,7 +115,8 @@ def leave_none(look: Callable[[], list[int]], patience_seconds: float = math.inf
     while found := [pid for pid in look() if pid not in over]:
         for pid in found:
             may = send_signal(pid, signal.SIGKILL)
-            if not may or (is_over(pid) and not (reap and reaped(pid))):
+            # A zombie below one that dies comes to this process next, which then reaps it.
+            if not may or (is_over(pid) and not (reap and (reaped(pid) or parent(pid) in found))):
                 over.add(pid)
         if time.monotonic() >= until:
             return

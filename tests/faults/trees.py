@@ -167,7 +167,7 @@ def server_of(worker: Worker) -> psutil.Process:
 
 def supervisors_below(worker: Worker) -> list[psutil.Process]:
     """The server; and supervisors that have lost theirs."""
-    return [child for child in psutil.Process(worker.pid).children() if "supervisor.py" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process(worker.pid).children() if child.name() == "aque-superv"]
 
 
 def kill_server_and_supervisor(farm: Farm, grown: Tree, worker: Worker) -> None:

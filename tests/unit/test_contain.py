@@ -90,7 +90,7 @@ def test_a_grace_lets_processes_end_by_themselves_and_ends_early_when_they_have(
         """
         contain.enter()
         before = contain.present()
-        tidy = subprocess.Popen(["sh", "-c", "trap 'echo tidied; exit' TERM; echo; sleep 1000 & wait"], stdout=subprocess.PIPE)
+        tidy = subprocess.Popen(["sh", "-c", "trap 'echo tidied; exit' TERM; sleep 1000 & echo; wait"], stdout=subprocess.PIPE)
         tidy.stdout.readline()
         began = time.monotonic()
         for pid in contain.present():
