@@ -11,8 +11,6 @@ from contextlib import suppress
 
 #: The kernel empties a group a moment after its kill.
 EMPTY_SECONDS = 2.0
-#: A worker's group is called so, and then its pid; below it each supervisor has one, called by its pid.
-PREFIX = "aque-"
 
 
 def home() -> str | None:
@@ -36,6 +34,17 @@ def home() -> str | None:
     except OSError:
         return None
     return path if found else None
+
+
+def name_of(worker: int) -> str:
+    """The name of a worker's group, in which each supervisor has one called by its pid. A pid means something in its namespace
+    only: a container may see the groups of others, and not their processes."""
+    return f"{_prefix()}{worker}"
+
+
+def _prefix() -> str:
+    namespace = "".join(c for c in os.readlink("/proc/self/ns/pid") if c.isdigit())
+    return f"aque-{namespace}-"
 
 
 class Group:
@@ -89,10 +98,10 @@ class Group:
 
     def end_left(self) -> None:
         """Of the groups below it, kill and remove those of workers that are gone, and whose servers are, too."""
+        prefix = _prefix()
         with suppress(OSError), os.scandir(self.path) as entries:
-            for name in [entry.name for entry in entries if entry.name.startswith(PREFIX)]:
-                pid = name[len(PREFIX) :]
-                if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+            for name in [entry.name for entry in entries if entry.name.startswith(prefix)]:
+                if not os.path.exists(f"/proc/{name[len(prefix) :]}"):
                     left = Group(f"{self.path}/{name}")
                     left.kill()
                     left.remove()

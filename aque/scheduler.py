@@ -23,7 +23,7 @@ from aque.ledger import Ledger
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
-from aque.store import DatabaseError, Finished, Kill, Store, can_run_again, is_data_error, transaction
+from aque.store import DatabaseError, Finished, Kill, Store, can_run_again, is_data_error, one_statement, transaction
 from aque.values import ClaimedTask, Outcome, ReadyTask
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Batch:
     output: list[tuple[int, int, int, int, bytes]] = field(default_factory=list)  #: task, attempt, fd, offset, data
     delivered: list[Kill] = field(default_factory=list)
     returned: list[tuple[int, int]] = field(default_factory=list)  #: id, token: to be given back
+    lone: set[int] = field(default_factory=set)  #: of the outcomes' tasks, those without dependents at the claim
 
     def __bool__(self) -> bool:
         return bool(self.outcomes or self.started or self.output or self.delivered or self.returned)
@@ -96,6 +97,14 @@ class Batch:
         self.output = older.output + self.output
         self.delivered = older.delivered + self.delivered
         self.returned = older.returned + self.returned
+        self.lone |= older.lone
+
+    def is_lone_success(self) -> bool:
+        """True if all there is to write is that one task, for which nothing waited, has succeeded."""
+        more = self.started or self.output or self.delivered or self.returned
+        if more or len(self.outcomes) != 1:
+            return False
+        return self.outcomes[0].state is State.SUCCESS and self.outcomes[0].id in self.lone
 
 
 class Scheduler:
@@ -176,6 +185,8 @@ class Scheduler:
                 self._batch.returned.append(claim)
             else:
                 self._batch.outcomes.append(outcome)
+                if not entry.task.dependents:
+                    self._batch.lone.add(outcome.id)
             self._abandoned.discard(claim)
             self._claim_ahead = True
             if outcome.state is State.SUCCESS:
@@ -484,7 +495,10 @@ class Scheduler:
         token = secrets.randbits(62)
         reserved = list(picked.start)
         try:
-            with transaction(connection):
+            claims_ahead = bool(picked.ahead)
+            if batch.is_lone_success() and not reserved and not claims_ahead and self._finish_alone(connection, batch):
+                return
+            with one_statement(connection) if not batch and not claims_ahead else transaction(connection):
                 self._store.append_output(connection, batch.output)
                 self._store.start(connection, batch.started)
                 self._store.signal_delivered(connection, batch.delivered)
@@ -512,6 +526,15 @@ class Scheduler:
         self._writing = Batch()
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
+
+    def _finish_alone(self, connection: Any, batch: Batch) -> bool:
+        """Record a lone success, without the two round trips of a transaction. False: nothing was written."""
+        if self._one_by_one or not self._store.finish_alone(connection, batch.outcomes[0]):
+            return False
+        self._writing = Batch()
+        self._remember(batch.outcomes)
+        doorbell.ring(connection, {doorbell.DONE})
+        return True
 
     def _after_commit(
         self,

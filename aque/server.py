@@ -22,7 +22,7 @@ import traceback
 from contextlib import suppress
 from typing import NoReturn
 
-from aque.cgroups import PREFIX, Group
+from aque.cgroups import Group, name_of
 from aque.processes import become_subreaper, catch_signals, descendants, end_tree, is_readable, send_signal
 from aque.protocol import ABANDON, BROKEN, FORK, GONE, NUMBER, ORDER, WATCH
 from aque.supervisor import Gone, Supervisor
@@ -238,6 +238,6 @@ def main() -> None:
     if home := sys.argv[4]:
         Group(home).end_left()
         with suppress(OSError):
-            group = Group(f"{home}/{PREFIX}{worker_pid}")
+            group = Group(f"{home}/{name_of(worker_pid)}")
     gc.freeze()  # a collection in a fork would touch, and so copy, all that it shares with the server
     Server(control, worker, group).serve()

@@ -96,7 +96,7 @@ class Submitter:
         def work() -> dict[int, State]:
             with self.store.connect() as connection:
                 self.store.intern(connection, specs)
-            with self.store.begin() as connection:
+            with self.store.connect() if self.store.is_one_statement(specs) else self.store.begin() as connection:
                 return self.store.submit(connection, specs)
 
         states = again(work)

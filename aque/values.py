@@ -140,6 +140,8 @@ class ClaimedTask:
     time_limit_seconds: float | None
     soft_time_limit_seconds: float | None
     strict_lease: bool
+    #: edges out of it, when it was claimed
+    dependents: int
     #: results of `inputs`, as stored
     results: Mapping[int, bytes] = field(default_factory=dict)
 

@@ -19,8 +19,11 @@ _BY_REASON = {
     Reason.TIME_LIMIT: TIMED_OUT,
     Reason.CANNOT_EXECUTE: CANNOT_EXECUTE,
     Reason.CANNOT_ENTER_CWD: CANNOT_EXECUTE,
+    Reason.CANNOT_OPEN: CANNOT_EXECUTE,
+    Reason.CANNOT_BECOME_USER: CANNOT_EXECUTE,
     Reason.NOT_FOUND: NOT_FOUND,
 }
+_NOT_STARTED = _BY_REASON.keys() - {Reason.TIME_LIMIT}
 
 
 def exit_status(end: StoredResult) -> int:
@@ -54,7 +57,7 @@ def stop_status(end: StoredResult) -> int:
     if end.state is State.SUCCESS:
         return 0
     if end.state is State.ERROR:
-        if end.reason in (Reason.CANNOT_EXECUTE, Reason.CANNOT_ENTER_CWD, Reason.NOT_FOUND):
+        if end.reason in _NOT_STARTED:
             return _BY_REASON[end.reason]
         if end.signal is None and end.exit_code is not None and end.reason is not Reason.TIME_LIMIT:
             return 124 if end.exit_code == 255 else 0

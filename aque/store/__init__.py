@@ -1,6 +1,14 @@
 """The table that is the truth: the only package that imports SQLAlchemy and holds SQL."""
 
-from aque.store.engine import DatabaseError, again, attempt_write, can_run_again, is_data_error, transaction
+from aque.store.engine import (
+    DatabaseError,
+    again,
+    attempt_write,
+    can_run_again,
+    is_data_error,
+    one_statement,
+    transaction,
+)
 from aque.store.store import (
     Finding,
     Finished,
@@ -30,6 +38,7 @@ __all__ = [
     "attempt_write",
     "can_run_again",
     "is_data_error",
+    "one_statement",
     "open_store",
     "transaction",
     "unchecked_store",

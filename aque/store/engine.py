@@ -49,6 +49,10 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 
+#: How long a connection to SQLite waits for another's transaction.
+BUSY_SECONDS = 30
+
+
 def open_engine(url: str, **options: Any) -> sa.Engine:
     """An engine for `sqlite:///FILE` or `postgresql+psycopg2://...`; connects lazily.
 
@@ -82,10 +86,25 @@ def open_engine(url: str, **options: Any) -> sa.Engine:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "temp_store=MEMORY"):
+    connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+    _enter_wal(connection)
+    for pragma in ("synchronous=FULL", "temp_store=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
     connection.create_function("aque_lease_clock", 0, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
     connection.create_function("aque_wall_clock", 0, time.time)
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """A new file changes its journal once, which fails at once, whatever the timeout, while another process does the same."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 @contextmanager
@@ -102,6 +121,17 @@ def transaction(connection: sa.Connection) -> Iterator[sa.Connection]:
     else:
         connection.info[_TO_BEGIN] = True
         yield from _until_end(connection)
+
+
+@contextmanager
+def one_statement(connection: sa.Connection) -> Iterator[sa.Connection]:
+    """For a block that writes with one statement on PostgreSQL: there it is a transaction already, and BEGIN and COMMIT of its
+    own would be a round trip more. On SQLite, where the same takes several, as `transaction`."""
+    if connection.dialect.name == "sqlite":
+        with transaction(connection):
+            yield connection
+    else:
+        yield connection
 
 
 #: Held during SQLite's transactions and by whoever forks: SQLite keeps its locks in the memory of the process, and a child

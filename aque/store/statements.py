@@ -76,6 +76,16 @@ def add_environment(dialect: str) -> Statement:
 
 
 @cache
+def add_task() -> Statement:
+    """PostgreSQL: insert a task and its payload (parameters `t_` and `p_` before the names of their columns)."""
+    columns = {column.name: sa.bindparam(f"t_{column.name}", type_=column.type) for column in task.c}
+    new = sa.insert(task).values(columns).returning(task.c.id).cte("new")
+    names = [column.name for column in payload.c]
+    values = [sa.bindparam(f"p_{column.name}", type_=column.type) for column in payload.c]
+    return sa.insert(payload).from_select(names, sa.select(*values).select_from(new))
+
+
+@cache
 def add_dependents(dialect: str) -> Statement:
     """Count `n` more dependents for each task in `rows` (id, n); returns their states. The row stays locked until the
     submission has committed: a worker that finishes it waits, and then reads the count and sees the new edges."""
@@ -187,6 +197,7 @@ _CLAIMED = (
     task.c.job_id,
     task.c.celery_id,
     task.c.max_attempts,
+    task.c.dependents,
 )
 _PAYLOAD = (
     payload.c.function,
@@ -309,7 +320,11 @@ def finish_one() -> Statement:
 @cache
 def finish_one_with_result() -> Statement:
     """PostgreSQL: `finish_one` and `store_results` (parameters `o_value`, `o_error`) in one round trip."""
-    moved = finish_one().cte("moved")
+    return _with_result(finish_one())
+
+
+def _with_result(finishing: Any) -> Statement:
+    moved = finishing.cte("moved")
     values = sa.select(
         moved.c.id, sa.bindparam("o_value", type_=sa.LargeBinary), sa.bindparam("o_error", type_=sa.LargeBinary)
     )
@@ -317,6 +332,14 @@ def finish_one_with_result() -> Statement:
         _store_results("postgresql", ["task_id", "value", "error"], values).returning(result.c.task_id).cte("stored")
     )
     return sa.select(moved.c.id, moved.c.state, moved.c.dependents).add_cte(stored)
+
+
+@cache
+def finish_alone(with_result: bool) -> Statement:
+    """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for: no release has to be in its
+    transaction. No row: its claim does not stand, or something has come to wait for it."""
+    alone = finish_one().where(task.c.dependents == 0)
+    return _with_result(alone) if with_result else alone
 
 
 def _finish(row: Any) -> Any:

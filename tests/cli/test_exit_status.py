@@ -32,6 +32,8 @@ FAILED = end(State.ERROR, Reason.EXIT, 3)
         (end(State.CANCELLED, Reason.REQUEST), 125),
         (end(State.ERROR, Reason.CANNOT_EXECUTE), 126),
         (end(State.ERROR, Reason.CANNOT_ENTER_CWD), 126),
+        (end(State.ERROR, Reason.CANNOT_OPEN), 126),
+        (end(State.ERROR, Reason.CANNOT_BECOME_USER), 126),
         (end(State.ERROR, Reason.NOT_FOUND), 127),
     ],
 )

@@ -358,6 +358,31 @@ def test_a_kill_of_a_job_reaches_its_members(store: Store) -> None:
     assert set(states(store).values()) == {"cancelled"}
 
 
+def test_a_success_that_nothing_waits_for_may_be_recorded_by_one_statement(store: Store) -> None:
+    worker_id = worker(store)
+    lone, waited_for, late = ids(store, 3)
+    submit(store, [after(lone), after(waited_for)])
+    claimed = {task.id: task for task in claim(store, [lone, waited_for], worker_id)}
+    assert [claimed[i].dependents for i in (lone, waited_for)] == [0, 0]
+    submit(store, [after(late, waited_for)])
+    ends = {i: replace(outcome(task), value=b"7") for i, task in claimed.items()}
+
+    def alone(end: Outcome) -> bool:
+        with store.connect() as connection:
+            return store.finish_alone(connection, end)
+
+    stale = replace(ends[lone], token=8)
+    assert [alone(stale), alone(ends[waited_for])] == [False, False], "nor what something has come to wait for"
+    assert alone(ends[lone]) == (store.dialect == "postgresql")
+    assert not alone(ends[lone]), "a replay writes nothing"
+    if store.dialect == "sqlite":
+        finish(store, ends[lone])
+    assert finish(store, ends[waited_for]).ready[0].id == late
+    with store.connect() as connection:
+        assert [found.value for found in store.stored_results(connection, [lone, waited_for]).values()] == [b"7", b"7"]
+    run(store, worker_id, late)
+
+
 def test_output_and_results_are_bytes(store: Store) -> None:
     (new,) = ids(store, 1)
     submit(store, [after(new)])

@@ -1,6 +1,7 @@
 """Control groups of commands: what escapes the subreaper's signals does not escape its group."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def runner() -> Iterator[CommandRunner]:
 
 def workers_group() -> Path:
     assert HOME is not None
-    return Path(HOME) / f"{cgroups.PREFIX}{os.getpid()}"
+    return Path(HOME) / cgroups.name_of(os.getpid())
 
 
 def members(pid: int) -> set[int]:
@@ -94,7 +95,7 @@ def test_groups_of_workers_that_are_gone_are_ended_by_the_next(runner: CommandRu
     assert HOME is not None
     gone = subprocess.Popen(["true"])
     gone.wait()
-    left = cgroups.Group(f"{HOME}/{cgroups.PREFIX}{gone.pid}")
+    left = cgroups.Group(f"{HOME}/{cgroups.name_of(gone.pid)}")
     mark = new_mark().decode()
     with open(f"{left.path}/cgroup.procs", "w") as file:
         stray = subprocess.Popen(["sh", "-c", 'read go; exec sleep "$0"', mark], stdin=subprocess.PIPE)
@@ -102,3 +103,14 @@ def test_groups_of_workers_that_are_gone_are_ended_by_the_next(runner: CommandRu
     cgroups.Group(HOME).end_left()
     assert stray.wait(20) == -9
     wait_until(left.remove, 20, "the group is empty")
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")
+def test_groups_of_workers_in_another_pid_namespace_are_let_alone(runner: CommandRunner) -> None:
+    command, mark = sleeping(runner)
+    code = f"from aque import cgroups; cgroups.Group({HOME!r}).end_left()"
+    namespace = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    subprocess.run(namespace, check=True)
+    assert living(mark) == {command.pid}
+    command.running.kill(signal.SIGKILL, 0)
+    assert command.wait().reason == "killed"
