@@ -192,7 +192,7 @@ def _prepare(sender: Any, **_: Any) -> None:
     sender.aque_signals = WorkerSignals(
         lambda: sender.aque and sender.aque.scheduler.drain(),
         lambda: sender.aque and sender.aque.scheduler.commands_only(),
-        lambda: reload.problem_since(restart.began),
+        lambda: restart.obstacle() or reload.problem_since(restart.began),
     )
     sender.install_platform_tweaks = partial(_install_signals, install=sender.install_platform_tweaks)
     sender.start = partial(_run, sender, sender.start)

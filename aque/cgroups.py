@@ -97,7 +97,7 @@ class Group:
         return True
 
     def end_left(self) -> None:
-        """Of the groups below it, kill and remove those of workers that are gone, and whose servers are, too."""
+        """Of the groups below it, kill and remove those of workers that are gone: nobody is left to look after them."""
         prefix = _prefix()
         with suppress(OSError), os.scandir(self.path) as entries:
             for name in [entry.name for entry in entries if entry.name.startswith(prefix)]:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import marshal
+import math
 import os
 import select
 import selectors
@@ -45,6 +46,8 @@ SERVER_STARTS = 3
 #: A start can hang in the kernel (a working directory or program on a dead mount). If it does so for this long after the
 #: grace of a kill, the supervisor is given up: it waits in the kernel as well, and reads nothing.
 START_SECONDS = 2.0
+#: The same for one that was killed after its start: its supervisor may be stopped by the command itself, being the same user's.
+END_SECONDS = 10.0
 RECEIVE_BYTES = 1 << 18
 #: The server says when a supervisor that died has left nothing behind; if it does not, the command's end is told after this.
 GONE_SECONDS = 10.0
@@ -137,6 +140,7 @@ class Running:
         "_channel",
         "_done",
         "_dropped",
+        "_given_up",
         "_killed",
         "_result",
         "_runner",
@@ -168,6 +172,7 @@ class Running:
         self._unsent: list[bytes] = []
         self._done = False
         self._killed = False
+        self._given_up = False
 
     def signal(self, number: int) -> None:
         """Deliver a signal to the command's process group. Nothing ends but by its own doing."""
@@ -253,8 +258,8 @@ class CommandRunner:
         self._lost: dict[int, tuple[float, Running, _Channel]] = {}
         #: Processes of the worker's pool, for the server to end if the worker dies.
         self._pool: set[int] = set()
-        #: Commands that were killed before they had started, and when to look whether they still have not.
-        self._starting: list[tuple[float, Running]] = []
+        #: Commands that should have started, or ended, by then: supervisors that answer no more are given up.
+        self._overdue: dict[Running, float] = {}
         #: Work for the thread: unsent channels, and ends without a supervisor.
         self._posted: deque[Callable[[], object]] = deque()
 
@@ -368,7 +373,7 @@ class CommandRunner:
                 for channel in channels
             ],
             "waiting": [keys[r] for r in self._waiting],
-            "starting": [(due, keys[r]) for due, r in self._starting if not r._done],
+            "overdue": [(keys[r], due) for r, due in self._overdue.items() if not r._done],
             "running": {
                 keys[r]: {
                     "command": replace(r.command, env={}, stdin=None),  # sent, or among what is unsent
@@ -404,7 +409,7 @@ class CommandRunner:
             running._unsent, running._dropped, running._result = kept["unsent"], kept["dropped"], kept["result"]
         with self._lock:
             self._waiting.extend(runnings[key] for key in exported["waiting"])
-            self._starting = [(due, runnings[key]) for due, key in exported["starting"]]
+            self._overdue = {runnings[key]: due for key, due in exported["overdue"]}
             if exported["control"] >= 0:
                 self._server = _Inherited(exported["server"])
                 self._asked = exported["asked"]
@@ -465,7 +470,8 @@ class CommandRunner:
                 env={name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"},
                 start_new_session=True,  # Ctrl-C is for the worker, which then decides
             )
-        self._pool = {pid for pid in self._pool if not processes.is_over(pid)}
+        # By now a pid may be another's.
+        self._pool = {pid for pid in self._pool if processes.parent(pid) == os.getpid()}
         self._listen(ours)
 
     def _listen(self, control: socket.socket) -> None:
@@ -498,8 +504,15 @@ class CommandRunner:
         running = self._waiting.popleft()
         running._channel = channel
         channel.running = running
+        if (limit := running.command.time_limit_seconds) is not None:  # its supervisor counts from the start on
+            self._expect(running, limit + START_SECONDS)
         self._send(channel, *running._unsent)
         running._unsent = []
+
+    def _expect(self, running: Running, seconds: float) -> None:
+        """Give its supervisor up unless by then the command has started, or ended if it had started already."""
+        self._overdue[running] = min(self._overdue.get(running, math.inf), time.monotonic() + seconds)
+        self._post(lambda: None)  # the thread waits for what is due next
 
     def _send(self, channel: _Channel, *parts: bytes) -> None:
         if channel.send(*parts):
@@ -519,6 +532,7 @@ class CommandRunner:
         running, channel.running = channel.running, None
         if running is not None:
             running._done = True
+            self._overdue.pop(running, None)
         return running
 
     # Below: from any thread, without the lock
@@ -530,11 +544,10 @@ class CommandRunner:
                 return
             if running._channel is not None:
                 self._send(running._channel, frame)
-                if kind == protocol.KILL and running.pid is None:
+                if kind == protocol.KILL:
                     running._killed = True
-                    seconds = protocol.KILLING.unpack(body)[1] + START_SECONDS
-                    self._starting.append((time.monotonic() + seconds, running))
-                    self._post(lambda: None)  # it waits for what is due next
+                    grace = protocol.KILLING.unpack(body)[1]
+                    self._expect(running, grace + (START_SECONDS if running.pid is None else END_SECONDS))
             elif kind == protocol.KILL:
                 running._done = True
                 self._waiting.remove(running)
@@ -564,14 +577,15 @@ class CommandRunner:
         given_up: list[int] = []
         with self._lock:
             given_up = [pid for pid, (due, _, _) in self._lost.items() if due <= now]
-            for due, running in [late for late in self._starting if late[0] <= now]:
-                self._starting.remove((due, running))
-                if running.pid is None and not running._done and running._channel and self._control:
+            for running in [running for running, due in self._overdue.items() if due <= now]:
+                del self._overdue[running]
+                if not running._done and running._channel and self._control:
+                    running._given_up = True
                     self._order(protocol.ABANDON, running._channel.pid)
             while len(self._idle) > WARM and self._idle[0].idle_since + IDLE_SECONDS <= now:
                 expired.append(self._idle[0])
                 self._release(self._idle[0])
-            due_times = [due for due, _ in self._starting]
+            due_times = list(self._overdue.values())
             due_times += [due for pid, (due, _, _) in self._lost.items() if pid not in given_up]
             if len(self._idle) > WARM:
                 due_times.append(self._idle[0].idle_since + IDLE_SECONDS)
@@ -725,11 +739,15 @@ class CommandRunner:
             logger.error("a supervisor without a command sent %r.", kind)
         elif kind == protocol.STARTED:
             (running.pid,) = protocol.NUMBER.unpack(body)
+            with self._lock:
+                if not running._killed:
+                    self._overdue.pop(running, None)
             self._call(running.on_started, running.pid)
         elif kind == protocol.ENDED:
             report = marshal.loads(body)
             with self._changed:
                 running._done = True
+                self._overdue.pop(running, None)
                 running._channel = channel.running = None
                 # One that could not kill everything ends: it would take those processes for the next command's.
                 if not report["immortal"]:
@@ -844,6 +862,9 @@ def _lost(running: Running, channel: _Channel) -> Ended:
     name = _name(running.command)
     if running._killed and running.pid is None:
         return Ended("killed", f"{name} was killed before it had started: its directory or program did not answer.")
+    if running._given_up and running.pid is None:
+        limit = running.command.time_limit_seconds
+        return Ended("time_limit", f"{name} had not started when its time limit of {limit:g} s was over.")
     why = channel.broken.strip().rpartition("\n")[2] or "it was killed, or the runner was stopped"
     return Ended(
         "lost",

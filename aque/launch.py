@@ -14,6 +14,7 @@ import pwd
 import resource
 import signal
 import subprocess
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 PR_SET_NO_NEW_PRIVS = 38
@@ -143,6 +144,7 @@ def _prepare_and_execute(
         os.setsid()
         _limit(spec["rlimits"])  # before the user changes: only root may raise a hard limit
         if user is not None:
+            _leave_keyring()
             for fd in descriptors[1:3]:
                 if fd is not None:
                     os.fchown(fd, user.uid, -1)  # or it could not open its own /dev/stdout
@@ -165,6 +167,18 @@ def _limit(limits: list[tuple[int, int, int]]) -> None:
             resource.setrlimit(number, (soft, hard))
         except (OSError, ValueError) as error:
             raise CannotStart("limits", f"resource {number}, {soft}:{hard}: {error}") from None
+
+
+#: keyctl by machine, and its KEYCTL_JOIN_SESSION_KEYRING. The C library has no function for it.
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_JOIN_SESSION_KEYRING = 1
+
+
+def _leave_keyring() -> None:
+    """A change of the user keeps the session's keyring, with the keys of whoever started the worker: take a new one."""
+    number = _KEYCTL.get(os.uname().machine)
+    if number is not None:
+        ctypes.CDLL(None).syscall(number, _JOIN_SESSION_KEYRING, None)
 
 
 def _become(user: Account, no_new_privileges: bool) -> None:
@@ -226,8 +240,10 @@ def _arrange(descriptors: list[int | None], telling: int) -> None:
     moved = [fcntl.fcntl(nothing if fd is None else fd, fcntl.F_DUPFD_CLOEXEC, len(places)) for fd in places]
     for place, fd in enumerate(moved):
         os.dup2(fd, place, inheritable=True)
-    os.closerange(len(places), telling)
-    os.closerange(telling + 1, 1 << 30)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) >= len(places) and int(name) != telling:
+            with suppress(OSError):  # the listing's own
+                os.close(int(name))
 
 
 def _execute(argv: list[bytes], env: dict[bytes, bytes]) -> NoReturn:

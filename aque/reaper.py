@@ -102,7 +102,7 @@ class Heartbeat:
     def _beat(self) -> None:
         with self._store.connect() as connection:
             before = lease_clock()  # the lease in the table begins later
-            if self._store.renew(connection, self._worker_id):
+            if self._store.renew(connection, self._worker_id, self._lease_seconds):
                 self._on_renewed(connection, before + self._lease_seconds)
             else:
                 self._worker_id = self._on_lost()

@@ -13,12 +13,14 @@ import pickle
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
-from aque import title
+from aque import protocol, server, supervisor, title
 from aque.commands import Command, OtherUser
 from aque.resources import Capacity
 from aque.store import Kill
@@ -35,9 +37,13 @@ DROP_SECONDS = 10.0
 
 
 def _format() -> str:
-    """Changes with everything that a state is made of: another version of Aque may be installed when the image changes."""
+    """Changes with everything that a state is made of, and with what the server and the supervisors, which go on, say and
+    hear: another version of Aque may be installed when the image changes."""
     parts = (ClaimedTask, Redirections, Outcome, Kill, Capacity, Command, OtherUser)
-    return "1 " + " ".join(f"{part.__name__}({','.join(field.name for field in fields(part))})" for part in parts)
+    spoken = [zlib.crc32(Path(module.__file__ or "").read_bytes()) for module in (protocol, supervisor, server)]
+    return f"2 {spoken} " + " ".join(
+        f"{part.__name__}({','.join(field.name for field in fields(part))})" for part in parts
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,13 @@ handover = _take()
 began = time.time()
 #: The environment that this image was started with. What Celery and the app set later is for them to set again.
 _environment = dict(os.environ)
+
+
+def obstacle() -> str | None:
+    """Why there can be no new image, as a sentence; None if nothing speaks against it."""
+    if os.access(sys.executable, os.X_OK):
+        return None
+    return f"{sys.executable}, which runs this worker, cannot be executed any more."
 
 
 def hold_signals() -> None:

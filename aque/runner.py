@@ -94,7 +94,7 @@ class _Request(Request):
         return False
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
-        """Celery's `revoke(terminate=True)` has already written the row (see bootstep)."""
+        """Celery's `revoke(terminate=True)` has already written the row (see `aque.panel`)."""
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """A lost broker connection is no reason to stop a task."""
@@ -215,7 +215,10 @@ class Attempt:
                 time_limit_seconds=task.time_limit_seconds,
                 soft_time_limit_seconds=task.soft_time_limit_seconds,
                 lease_until=self._runner.lease_until if task.strict_lease else None,
-                kill_grace_seconds=settings.kill_grace_seconds,
+                # A strict lease ends a grace early: a grace as long as the lease would leave nothing of it.
+                kill_grace_seconds=min(settings.kill_grace_seconds, settings.lease_seconds / 3)
+                if task.strict_lease
+                else settings.kill_grace_seconds,
             ),
             *self.command_callbacks,
         )
@@ -275,6 +278,8 @@ class Attempt:
         """The interpreter of a function has ended by itself."""
         try:
             answer = sandbox.answer(ended.result or b"")
+            if answer.value is not None and len(answer.value) > self._runner.settings.result_limit_bytes:
+                raise ValueError("more than it was told")
         except ValueError:
             how = ended.message or f"it exited with status {ended.exit_code}"
             text = f"the interpreter gave no answer: {how}; what it wrote may say more."

@@ -74,7 +74,14 @@ def request(
 
 
 def answer(text: "bytes") -> "Answer":
-    """What the interpreter wrote to descriptor 3. Raises ValueError for something else: the function may have written there."""
+    """What the interpreter wrote to descriptor 3. Raises ValueError for anything else: the function can write there, too."""
+    try:
+        return _answer(text)
+    except (RecursionError, OverflowError) as error:
+        raise ValueError("not an answer") from error
+
+
+def _answer(text: "bytes") -> "Answer":
     found = json.loads(text.decode())
     if not isinstance(found, dict):
         raise ValueError("not an answer")
@@ -83,6 +90,7 @@ def answer(text: "bytes") -> "Answer":
     if (
         not known
         or not isinstance(seconds, (int, float))
+        or not 0 <= seconds < 1e12
         or not isinstance(value, (str, type(None)))
         or not isinstance(error, dict)
     ):

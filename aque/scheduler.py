@@ -290,7 +290,7 @@ class Scheduler:
             self._batch.put_back(self._writing)
             return {
                 "running": [
-                    (entry.task, entry.need, entry.began, entry.kill_signal, entry.kill_at)
+                    (entry.task, entry.need, entry.began, entry.kill_signal, entry.kill_grace, entry.kill_at)
                     for entry in self._running.values()
                     if entry.task.id in handed_over
                 ],
@@ -303,10 +303,10 @@ class Scheduler:
     def adopt(self, exported: dict[str, Any], attempt_of: Callable[[ClaimedTask, float, int | None], Running]) -> None:
         """Go on with what the image before this one has exported; before `start`. `attempt_of` gets the task, since when it
         runs and the signal by which it is being killed."""
-        for task, need, began, kill_signal, kill_at in exported["running"]:
+        for task, need, began, kill_signal, kill_grace, kill_at in exported["running"]:
             self._ledger.adopt(need)
             attempt = attempt_of(task, began, kill_signal)
-            self._running[task.id] = Entry(task, need, began, attempt, kill_signal, kill_at)
+            self._running[task.id] = Entry(task, need, began, attempt, kill_signal, kill_grace, kill_at)
         self._abandoned = exported["abandoned"]
         self._batch = Batch(**exported["batch"])
         self._output_bytes = sum(len(piece[4]) for piece in self._batch.output)

@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from aque.cgroups import Group, name_of
-from aque.processes import become_subreaper, catch_signals, descendants, end_tree, is_readable, send_signal
+from aque.processes import become_subreaper, catch_signals, descendants, end_tree, is_readable, parent, send_signal
 from aque.protocol import ABANDON, BROKEN, FORK, GONE, NUMBER, ORDER, WATCH
 from aque.supervisor import Gone, Supervisor
 
@@ -43,8 +43,11 @@ class Server:
         self.worker = worker
         self.group = group
         self.supervisors: set[int] = set()
-        #: Supervisors that have ended, with what they ran perhaps still dying.
+        #: Supervisors that have ended, with what they ran perhaps still dying; those of them that have a group yet.
         self.ended: list[int] = []
+        self.left_groups: set[int] = set()
+        #: Forks of this process that end the pool of a dead worker.
+        self.enders: set[int] = set()
         #: pidfd -> pid of the processes of the worker's pool: a pid alone may be another's by the time that it matters.
         self.pool: dict[int, int] = {}
         self.wakeup = catch_signals()
@@ -82,7 +85,8 @@ class Server:
                     for pidfd in self.pool:
                         poll.register(pidfd, select.POLLIN)
             strangers = self.reap()
-            if patience_until < math.inf and not self.supervisors and not strangers and not self.pool:
+            busy = self.supervisors or self.enders or strangers or self.pool
+            if patience_until < math.inf and not busy:
                 if self.group is not None:
                     self.group.remove()
                 return
@@ -127,6 +131,9 @@ class Server:
                 ours.close()
                 self.become_supervisor(theirs)
         self.supervisors.add(pid)
+        if pid in self.left_groups or pid in self.ended:  # the number is used again
+            self.left_groups.discard(pid)
+            self.ended.remove(pid)
         return pid, ours
 
     def become_supervisor(self, channel: socket.socket) -> NoReturn:
@@ -166,7 +173,11 @@ class Server:
             os.close(pidfd)
             del self.pool[pidfd]
         with suppress(OSError):  # it has ended already
-            self.pool[os.pidfd_open(pid)] = pid
+            pidfd = os.pidfd_open(pid)
+            if parent(pid) == os.getppid():  # else it has ended, and the number is another's
+                self.pool[pidfd] = pid
+            else:
+                os.close(pidfd)
 
     def end_pool(self) -> None:
         """The worker's process has ended. Each process of its pool is ended by a fork: one may hang in the kernel."""
@@ -185,7 +196,7 @@ class Server:
                     end_tree(pid)
                 finally:
                     os._exit(0)
-            self.supervisors.add(fork)
+            self.enders.add(fork)
         self.pool.clear()
 
     def tell_gone(self) -> None:
@@ -198,24 +209,27 @@ class Server:
         """Collect the dead, and kill what dead supervisors have left; true while some of that lives."""
         with suppress(ChildProcessError):
             while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                self.enders.discard(pid)
                 if pid in self.supervisors:
                     self.supervisors.discard(pid)
                     self.ended.append(pid)
-        strangers = descendants(os.getpid(), except_for=self.supervisors)
+                    self.left_groups.add(pid)
+        strangers = descendants(os.getpid(), except_for=self.supervisors | self.enders)
         # All get the signal. Those that may not be signalled are not waited for: nothing more can be done about them.
         left = [send_signal(pid, signal.SIGKILL) for pid in strangers].count(True)
-        left += [self.end_group(pid) for pid in self.ended].count(False)
+        self.left_groups = {pid for pid in self.left_groups if not self.end_group(pid)}
+        left += len(self.left_groups)
         if not left:
             self.tell_gone()
         return left > 0
 
     def end_group(self, supervisor: int) -> bool:
-        """Kill what is in the group of a supervisor that has ended; true once nothing is."""
+        """Kill what is in the group of a supervisor that has ended; true once it is empty and removed."""
         group = self.group_of(supervisor)
         if group is None:
             return True
         group.kill()
-        return group.remove() or not group.is_populated()
+        return group.remove()
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ the file named by `AQUE_CONFIG`, else `$XDG_CONFIG_HOME/aque/aque.toml` (`lease_
 The caller passes the environment and the file in: this module touches neither.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
@@ -12,6 +13,9 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from aque.errors import BadSetting
+
+#: As SQLAlchemy reads them: a password may hold anything but @.
+_CREDENTIALS = re.compile(r"^[^:/]*(?::[^@]*)?@")
 
 
 def _setting(default: Any, unit: str, text: str, minimum: float | None = None) -> Any:
@@ -93,8 +97,7 @@ class Settings:
         if not self.is_shared:
             return self.to_url()
         scheme, _, rest = self.broker.partition("://")
-        where, slash, name = rest.partition("/")
-        return f"{scheme}://{where.rpartition('@')[2]}{slash}{name.partition('?')[0]}"
+        return f"{scheme}://{_CREDENTIALS.sub('', rest, count=1).partition('?')[0]}"
 
     def to_url(self) -> str:
         """The URL that makes another process, handed it as AQUE_BROKER, use the same farm."""

@@ -57,7 +57,7 @@ class Options:
 
 
 class Submitter:
-    """Writes tasks to a store. `close` it, or let the process end."""
+    """Writes tasks to a store."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store

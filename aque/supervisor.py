@@ -104,7 +104,8 @@ class Supervisor:
         self.tails = {STDOUT: bytearray(), STDERR: bytearray()}
         #: Bytes of a result that are still forwarded.
         self.result_bytes = 0
-        #: Pipes that are not polled, because the worker does not keep up.
+        #: The worker does not keep up; pipes that are not polled because of that.
+        self.blocked = False
         self.paused: set[int] = set()
         self.cpu_seconds = 0.0
         self.max_rss_bytes = 0
@@ -208,6 +209,12 @@ class Supervisor:
         """Start a command, or report why that is impossible."""
         stdin = self.take_stdin(spec["stdin_bytes"])
         try:
+            if spec["lease_until"] is not None:
+                self.lease_until, self.grace_seconds = spec["lease_until"], spec["kill_grace_seconds"]
+                if self.lease_left() <= 0:
+                    self.why = "lease"
+                    self.report()
+                    return False
             self.start(spec, stdin)
         except launch.CannotStart as error:
             self.report(error)
@@ -279,20 +286,19 @@ class Supervisor:
             self.limit_at = time.monotonic() + limit
         if (limit := spec["soft_time_limit_seconds"]) is not None:
             self.soft_limit_at = time.monotonic() + limit
-        if spec["lease_until"] is not None:
-            self.lease_until = spec["lease_until"]
         self.streams = {readable: kind for kind, (readable, _) in pipes.items()}
         limit_bytes = spec["output_limit_bytes"]
         self.head_bytes, self.tail_bytes = limit_bytes - limit_bytes // 4 * 2, limit_bytes // 4
         self.result_bytes = spec["result_limit_bytes"] or 0
         for fd in self.streams:
+            os.set_blocking(fd, False)  # a command can open its own end for reading, and be faster than we are
             self.poll.register(fd, select.POLLIN)
 
     def watch(self) -> None:
         """Until nothing of the command lives and its output is read."""
         channel = self.channel.fileno()
-        if self.incoming:
-            self.obey()
+        self.receive(wait=False)  # what has come while it started: a kill, a longer lease
+        self.obey()
         while self.has_children:
             now = time.monotonic()
             if self.flush_at <= now:
@@ -343,19 +349,21 @@ class Supervisor:
         if len(self.outgoing) >= PENDING_BYTES:
             self.push()
         behind = len(self.outgoing) >= PENDING_BYTES
-        if behind and not self.paused:
-            self.poll.modify(channel, select.POLLIN | select.POLLOUT)
         if behind:
+            if not self.blocked:
+                self.poll.modify(channel, select.POLLIN | select.POLLOUT)
+                self.blocked = True
             for fd, kind in self.streams.items():
                 if self.room(kind) and fd not in self.paused:
                     # Not modify to no events: the end of the pipe would be reported all the same, and with it data lost.
                     self.poll.unregister(fd)
                     self.paused.add(fd)
-        elif self.paused:
+        elif self.blocked:
             self.resume(channel)
 
     def resume(self, channel: int) -> None:
         self.poll.modify(channel, select.POLLIN)
+        self.blocked = False
         for fd in self.paused:
             self.poll.register(fd, select.POLLIN)
         self.paused.clear()
@@ -369,7 +377,10 @@ class Supervisor:
 
     def relay(self, fd: int, event: int) -> None:
         kind = self.streams[fd]
-        data = os.read(fd, READ_BYTES) if event & select.POLLIN else b""
+        try:
+            data = os.read(fd, READ_BYTES) if event & select.POLLIN else b""
+        except BlockingIOError:
+            return
         if not data:
             self.close(fd)
             return

@@ -61,6 +61,11 @@ class AqueWorker:
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
         self.whole = _whole(settings, worker.pool)
         is_personal = not settings.is_shared and not settings.unsafe_allow_root_sqlite
+        if is_personal and (why := store.why_not_personal()):
+            raise BadSetting(
+                f"an SQLite store is for its owner's own tasks, and {why}. Nothing was started: run the worker as the owner, "
+                "make file and directory the owner's alone (chmod go-w), or use PostgreSQL."
+            )
         self.user = "" if is_personal else machine.user_name()
         self.switches_user = not is_personal and os.geteuid() == 0
         self.ledger = Ledger(self.whole)

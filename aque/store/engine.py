@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -215,6 +216,19 @@ def check_state_directory(file: Path) -> None:
             raise BadStateDirectory(f"cannot write {file}: permission denied. {advice}") from None
     except OSError as error:
         raise BadStateDirectory(f"cannot write {file}: {error.strerror}. {advice}") from error
+
+
+def why_not_personal(file: Path) -> str | None:
+    """Why an embedded store is not this user's alone, as a sentence part; None if it is. Who can write it, or put another in
+    its place, says what its worker runs."""
+    for path in (file, file.parent):
+        found = path.stat()
+        if found.st_uid != os.geteuid():
+            return f"{path} belongs to uid {found.st_uid}, this process to uid {os.geteuid()}"
+        sticky = path is not file and found.st_mode & stat.S_ISVTX
+        if found.st_mode & 0o022 and not sticky:
+            return f"others can write {path}"
+    return None
 
 
 def file_system(path: Path, mountinfo: str | None = None) -> str:

@@ -257,6 +257,11 @@ def start(dialect: str) -> Statement:
     )
 
 
+def _is_not_being_ended() -> sa.ColumnElement[bool]:
+    """A signal that only has to be delivered changes nothing about what becomes of a task."""
+    return sa.or_(task.c.kill_signal.is_(None), task.c.kill_signal.not_in(sorted(ENDING_SIGNALS)))
+
+
 @cache
 def give_back(dialect: str) -> Statement:
     """Active tasks (`rows`: id, token) that their worker cannot or will not finish: ready again, counted neither as failed
@@ -268,7 +273,7 @@ def give_back(dialect: str) -> Statement:
     return (
         sa.update(task)
         .where(task.c.id == rows.c.id, task.c.token == rows.c.token, _in_states(sources(Event.GIVE_BACK)))
-        .where(task.c.kill_signal.is_(None))
+        .where(_is_not_being_ended())
         .values(
             state=State.READY,
             attempt=task.c.attempt - sa.case((_is_state(State.CLAIMED), 1), else_=0),
@@ -344,7 +349,7 @@ def finish_alone(with_result: bool) -> Statement:
 
 def _finish(row: Any) -> Any:
     lost = row.state == State.READY
-    repeat = sa.and_(row.repeat, task.c.kill_signal.is_(None), task.c.failed + 1 < task.c.max_attempts)
+    repeat = sa.and_(row.repeat, _is_not_being_ended(), task.c.failed + 1 < task.c.max_attempts)
     return (
         sa.update(task)
         .where(
@@ -716,11 +721,15 @@ def insert_worker() -> Statement:
 
 @cache
 def renew() -> Statement:
-    """Extend the lease of `which_worker`; no row: it has been declared lost."""
+    """Extend the lease of `which_worker` by `lease` seconds; no row: it has been declared lost."""
     return (
         sa.update(worker)
         .where(worker.c.id == sa.bindparam("which_worker"), worker.c.state == "live")
-        .values(seen_at=wall_clock(), lease_until=lease_clock() + worker.c.lease_seconds)
+        .values(
+            seen_at=wall_clock(),
+            lease_seconds=sa.bindparam("lease", type_=sa.Double),
+            lease_until=lease_clock() + sa.bindparam("lease", type_=sa.Double),
+        )
         .returning(worker.c.id)
     )
 

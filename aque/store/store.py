@@ -28,7 +28,7 @@ from aque.settings import Settings
 from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
 from aque.store import schema
 from aque.store import statements as sql
-from aque.store.engine import copy_rows, open_engine, reachable, transaction
+from aque.store.engine import copy_rows, open_engine, reachable, transaction, why_not_personal
 from aque.store.tables import edge, payload, task
 from aque.values import (
     ClaimedTask,
@@ -190,6 +190,10 @@ class Store:
         """A connection inside one write transaction."""
         with self.connect() as connection, transaction(connection):
             yield connection
+
+    def why_not_personal(self) -> str | None:
+        """Why an SQLite store is not its user's alone, as a sentence part; None if it is."""
+        return why_not_personal(Path(self.engine.url.database or ""))
 
     def close(self) -> None:
         """Close the pooled connections."""
@@ -705,9 +709,10 @@ class Store:
             },
         )
 
-    def renew(self, connection: sa.Connection, worker_id: int) -> bool:
+    def renew(self, connection: sa.Connection, worker_id: int, lease_seconds: float) -> bool:
         """Extend the worker's lease; False: a reaper has declared it lost, and it owns nothing any more."""
-        return connection.execute(sql.renew(), {"which_worker": worker_id}).first() is not None
+        parameters = {"which_worker": worker_id, "lease": lease_seconds}
+        return connection.execute(sql.renew(), parameters).first() is not None
 
     def set_queues(self, connection: sa.Connection, worker_id: int, queues: Iterable[str]) -> None:
         """The queues that this worker serves from now on."""

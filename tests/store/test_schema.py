@@ -1,5 +1,6 @@
 """The migrations make exactly the tables that the code uses, once, and others are refused."""
 
+import os
 from pathlib import Path
 from threading import Thread
 
@@ -13,7 +14,7 @@ from alembic.script import ScriptDirectory
 from aque import settings
 from aque.errors import BadStateDirectory, StoreUnreachable, WrongSchema
 from aque.store import Store, open_store, schema, tables
-from aque.store.engine import check_state_directory, file_system, open_engine, transaction
+from aque.store.engine import check_state_directory, file_system, open_engine, transaction, why_not_personal
 
 
 def test_the_migrations_make_the_tables_of_the_code(store: Store) -> None:
@@ -118,3 +119,19 @@ def test_the_rows_of_the_first_version_are_kept_by_the_upgrade(store_url: str) -
     assert old == {"id": 2, "name": "old", "user": "", "interpreter": "", "truncated": False}
     opened.close()
     engine.dispose()
+
+
+def test_a_store_that_others_can_write_or_own_is_not_its_users_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "state"
+    check_state_directory(directory / "aque.db")
+    file = directory / "aque.db"
+    assert why_not_personal(file) is None
+    file.chmod(0o666)
+    assert why_not_personal(file) == f"others can write {file}"
+    file.chmod(0o600)
+    directory.chmod(0o770)
+    assert why_not_personal(file) == f"others can write {directory}"
+    directory.chmod(0o700)
+    if os.geteuid() == 0:
+        os.chown(file, 1, -1)
+        assert "belongs to uid 1" in str(why_not_personal(file))

@@ -249,7 +249,7 @@ def test_a_stale_worker_can_neither_finish_nor_give_back_what_another_has(store:
     assert (current.attempt, finish(store, outcome(old)).refused) == (2, [new])
     with store.begin() as connection:
         assert store.give_back(connection, [(new, 1)]) == []
-        assert not store.renew(connection, stale)
+        assert not store.renew(connection, stale, 30.0)
     assert finish(store, outcome(current)).ended == {new: State.SUCCESS}
 
 
@@ -257,7 +257,7 @@ def test_a_worker_that_renewed_in_time_is_not_reaped(store: Store) -> None:
     me = worker(store)
     with store.begin() as connection:
         (seen,) = store.workers(connection)
-        assert store.renew(connection, me)
+        assert store.renew(connection, me, 30.0)
         assert store.reap(connection, seen, 3) is None
 
 

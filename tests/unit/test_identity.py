@@ -66,6 +66,9 @@ def test_the_environment_is_the_submitted_one_through_both_lists_and_then_the_ta
     ("url", "others"),
     [
         ("postgresql://aque:secret@db:5432/farm?password=x", "postgresql://db:5432/farm"),
+        ("postgresql://aque:pa/ss@db/farm", "postgresql://db/farm"),
+        ("postgresql://aque:pa?ss@db/farm?application_name=a@b", "postgresql://db/farm"),
+        ("postgresql://db/farm?application_name=a@b", "postgresql://db/farm"),
         ("postgresql://db/farm", "postgresql://db/farm"),
         ("sqlite:////x/aque.db", "sqlite:////x/aque.db"),
     ],

@@ -253,6 +253,55 @@ def test_output_that_just_fits_is_whole(run):
     assert (command.stdout, bytes(command.output[2]), ended.truncated) == (bytes(1000), bytes(1000), False)
 
 
+def test_a_command_that_reads_its_own_output_away_cannot_hold_its_supervisor(run):
+    script = b"import os\nfd = os.open('/proc/self/fd/1', os.O_RDONLY)\nwhile True: os.write(1, b'x'); os.read(fd, 1)"
+    command = run(sys.executable.encode(), b"-ISc", script, time_limit_seconds=1.0, kill_grace_seconds=0.2)
+    assert command.wait().reason == "time_limit"
+
+
+def test_a_command_that_stops_its_supervisor_can_be_killed(runner, run, monkeypatch):
+    monkeypatch.setattr(commands, "END_SECONDS", 0.3)
+    mark = new_mark()
+    command = run(b"sh", b"-c", b'kill -STOP $PPID; exec sleep "$0"', mark)
+    wait_until(lambda: living(mark), "it sleeps")
+    command.running.kill(signal.SIGTERM, 0.1)
+    assert command.wait().reason in ("killed", "lost")  # the worker may have heard of the start, or not
+    assert living(mark) == set()
+
+
+def test_a_time_limit_counts_while_the_start_hangs(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "START_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "fifo")
+    command = run(b"cat", redirections=(b"fifo", None, None), time_limit_seconds=0.3)
+    ended = command.wait()
+    assert (ended.reason, command.pids) == ("time_limit", [])
+    assert "had not started" in ended.message
+
+
+def test_a_supervisor_whose_worker_was_slow_once_sleeps_again(runner, tmp_path):
+    proceed, over, pids, read = threading.Event(), threading.Event(), [], []
+    script = b"head -c 3000000 /dev/zero; exec 1>&- 2>&-; exec sleep 1000"
+    command = Command((b"sh", b"-c", script), ENV, os.fsencode(tmp_path), output_limit_bytes=4_000_000)
+
+    def on_output(_fd, _offset, data):
+        read.append(len(data))
+        proceed.wait(LIMIT_SECONDS)
+
+    running = runner.run(command, pids.append, on_output, lambda _ended: over.set())
+    wait_until(lambda: read, "something was read")
+    above = processes.parent(pids[0])
+    wait_until(lambda: state(above) == "S", "the supervisor waits for the worker")
+    proceed.set()
+    wait_until(lambda: sum(read) >= 2_000_000, "the head was read")
+    wait_until(lambda: [state(above) for _ in range(200)] == ["S"] * 200, "it waits for the command, and uses no CPU")
+    running.kill(signal.SIGKILL, 0)
+    assert over.wait(LIMIT_SECONDS)
+
+
+def state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_a_result_comes_back_through_its_own_descriptor(run):
     command = run(b"sh", b"-c", b"echo out; printf result >&3", result_limit_bytes=6)
     ended = command.wait()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 import aque
+from aque import control
 from tests.servers import PostgreSQL, wait_until
 from tests.worker import tasks
 from tests.worker.farm import LIMIT_SECONDS, PROGRAMS, ROOT, Farm, Worker, processes_with
@@ -514,3 +515,20 @@ def test_an_ordinary_task_of_the_app_ends_before_the_restart(own_farm: Farm, tmp
     talker.assert_that_it_ran_once(own_farm)
     assert path.read_text() == "once\n"
     client.close()
+
+
+def test_the_grace_of_a_kill_goes_on_across_a_restart(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=2)
+    told = tmp_path / "told"
+    told_by_term = 'echo told >>"$1"; until [ -e "$1.go" ]; do sleep 0.02; done; exit 7'
+    text = f"trap '{told_by_term}' TERM; echo up; while :; do sleep 0.02; done"
+    task = aque.shell(["sh", "-c", text, "sh", str(told)], cpus=0.25)
+    wait_until(lambda: own_farm.output(task) == b"up\n", LIMIT, "it runs")
+    control.kill(own_farm.store, [task.number], signal.SIGTERM, grace_seconds=600)
+    wait_until(told.exists, LIMIT, "it was told")
+    restart(worker)
+    assert aque.shell(["echo", "next"], cpus=0.25).get(timeout=LIMIT)["stdout"] == "next\n"
+    assert own_farm.state(task) == "running"
+    (tmp_path / "told.go").touch()
+    row = own_farm.wait_for_state(task, "killed")
+    assert (row["exit_code"], told.read_text()) == (7, "told\n"), "it was told once, and ended by itself"

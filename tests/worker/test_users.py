@@ -54,6 +54,11 @@ def crash(): os.kill(os.getpid(), 11)
 def large(): return "x" * 2_000_000
 def unstorable(): return {1, 2}
 def forge(): os.write(3, b"{}"); os._exit(0)
+def forge_deep(): os.write(3, b"[" * 200000); os._exit(0)
+def forge_long():
+    import json
+    time = "1" + "0" * 400
+    os.write(3, ('{"reason": "", "value": null, "error": {}, "shown": "", "seconds": %s}' % time).encode()); os._exit(0)
 def hang():
     subprocess.Popen(["setsid", "sleep", sys.argv[0] and "98765.5"])
     while True: pass
@@ -305,6 +310,8 @@ def test_an_exception_comes_back_with_its_traceback(farm: Farm, me: User) -> Non
         ("large", "not_storable", "result_limit_bytes"),
         ("unstorable", "not_storable", "of type set"),
         ("forge", "exit", "no answer"),
+        ("forge_deep", "exit", "no answer"),
+        ("forge_long", "exit", "no answer"),
         ("missing", "cannot_import", "has no attribute 'missing'"),
     ],
 )
