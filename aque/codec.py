@@ -148,20 +148,8 @@ def exception(stored: StoredResult) -> Exception:
         except Exception:  # its constructor wants something else: the text is what matters
             pass
     text = f"{fields['type']}: {fields['message']}" if fields["type"] else fields["message"]
-    kind: type[TaskError] = CommandFailed if stored.reason in _COMMAND_REASONS else RemoteError
+    kind: type[TaskError] = CommandFailed if stored.pattern is Pattern.SHELL else RemoteError
     return kind(f"{what} failed: {text or stored.reason or stored.state}", *details)
-
-
-_COMMAND_REASONS = frozenset(
-    {
-        Reason.CANNOT_EXECUTE,
-        Reason.NOT_FOUND,
-        Reason.CANNOT_ENTER_CWD,
-        Reason.CANNOT_BECOME_USER,
-        Reason.CANNOT_OPEN,
-        Reason.TIME_LIMIT,
-    }
-)
 
 
 def _loaded_exception(kind: str) -> type[Exception] | None:

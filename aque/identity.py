@@ -15,8 +15,8 @@ def refusal(task: ClaimedTask, place: Place, settings: Settings) -> str | None:
     """
     if place.switches_user and is_own(task, place) and not settings.allow_root_tasks:
         return (
-            f"the task is of {place.user}, and this worker runs as {place.user}: tasks of root are refused in a store that "
-            "others can write. Nothing was started: submit it as another user, or set allow_root_tasks on the worker."
+            f"the task is of {place.user}, and so is this worker: tasks of root are refused in a store that others can write. "
+            "Nothing was started: submit it as another user, or start the worker with AQUE_ALLOW_ROOT_TASKS=1."
         )
     return None
 

@@ -57,7 +57,7 @@ def account(name: str, min_uid: int, allow_root: bool) -> Account:
     except (KeyError, ValueError, UnicodeError):
         raise CannotStart("user", f"there is no user {name!r} on this host") from None
     if found.pw_uid == 0 and not allow_root:
-        raise CannotStart("user", f"{name!r} is root, whose tasks are refused here (setting allow_root_tasks)")
+        raise CannotStart("user", f"{name!r} is root, whose tasks are refused here (unless AQUE_ALLOW_ROOT_TASKS=1)")
     if 0 < found.pw_uid < min_uid:
         raise CannotStart("user", f"the uid of {name!r} is {found.pw_uid}, less than {min_uid} (setting min_uid)")
     groups = tuple(sorted(set(os.getgrouplist(name, found.pw_gid))))

@@ -20,7 +20,9 @@ from collections.abc import Mapping
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import lru_cache
+from importlib.util import find_spec
 from time import monotonic
+from types import ModuleType
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -155,6 +157,8 @@ def _call(wanted: "dict[str, Any]") -> "dict[str, Any]":
 
 def _load(function: "str") -> "Any":
     module_name, _, qualname = function.partition(":")
+    if "aque" not in sys.modules and find_spec("aque") is None:
+        sys.modules["aque"] = _Stub("aque")
     __import__(module_name)
     target = sys.modules[module_name]
     for part in qualname.split("."):
@@ -162,6 +166,18 @@ def _load(function: "str") -> "Any":
     if not callable(target):
         raise TypeError(f"it is no function but a {type(target).__name__}")
     return target
+
+
+class _Stub(ModuleType):
+    """Stands for Aque where it is not installed, so that a module with `@aque.task` can be imported: its functions stay
+    functions."""
+
+    @staticmethod
+    def task(*args: "Any", **_options: "Any") -> "Any":
+        return args[0] if args else lambda function: function
+
+    def __getattr__(self, name: "str") -> "Any":
+        raise AttributeError(f"aque.{name} cannot be used here: Aque is not installed for {sys.executable}")
 
 
 def _error(reason: "str", kind: "str", message: "str", trace: "str" = "") -> "dict[str, Any]":

@@ -237,6 +237,12 @@ class Submitter:
                 f"only root can submit tasks of another user, {options.user!r}; this process is of {self._user}. Nothing was "
                 "submitted."
             )
+        is_personal = not self.settings.is_shared and not self.settings.unsafe_allow_root_sqlite
+        if options.user and options.user != self._user and is_personal:
+            raise BadInput(
+                f"in an SQLite store everything runs as its owner, {self._user}, and not as {options.user!r}. Nothing was "
+                "submitted: on PostgreSQL a worker of root's runs tasks of others."
+            )
         return _text("user", options.user) or self._user
 
     def _parent(self) -> int | None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from aque.cli import waiting
 from aque.cli.exit_status import exit_status, sentence
@@ -33,7 +34,8 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
     """Run a Python function, which a worker imports by its name, and print the id of the task.
 
     The arguments are JSON: one list of them, one object with them by name, or each as a word of its own. Functions are
-    looked for in the current directory first.
+    looked for in the current directory first. What the function's decorator says (cpus, memory, interpreter, ...) holds unless
+    an option here says otherwise.
 
     \b
     aque call --wait math:sqrt 2
@@ -47,8 +49,14 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
         raise BadInput(
             f"{function!r} is not MODULE:FUNCTION: write for example os.path:getsize. Nothing was submitted."
         )
+    context = click.get_current_context()
     if not chosen["interpreter"]:  # another one may have modules that are not here
-        _check_function(function)
+        own = _options_of(_function(function))
+        chosen |= {
+            name: value
+            for name, value in own.items()
+            if name in chosen and context.get_parameter_source(name) is ParameterSource.DEFAULT
+        }
     arguments = _encode(*_arguments(words))
     with open_farm() as farm:
         submitter = Submitter(farm.store, farm.settings)
@@ -76,8 +84,22 @@ def _wait(farm: Farm, spec: TaskSpec, local: bool) -> int:
     return exit_status(end)
 
 
-def _check_function(text: str) -> None:
-    """Raise NotSubmittable unless the text names something that can be imported and called here."""
+def _options_of(found: Any) -> dict[str, Any]:
+    """The options with which a function was made a task, by their names on the command line; none of any other function."""
+    if "aque.celery_app" not in sys.modules:  # so it is not a task of Aque
+        return {}
+    from aque.celery_app import TASK_OPTIONS
+
+    given = {name: value for name in TASK_OPTIONS if (value := getattr(found, name, None)) is not None}
+    if "io_paths" in given:
+        given["io"] = given.pop("io_paths")
+    if "requeue" in given:
+        given["no_requeue"] = not given.pop("requeue")
+    return given
+
+
+def _function(text: str) -> Any:
+    """What the text names. Raises NotSubmittable unless it can be imported and called here."""
     module_name, _, path = text.partition(":")
     # First, and also for the task: a worker that is started here finds the same.
     sys.path.insert(0, os.getcwd())
@@ -100,6 +122,7 @@ def _check_function(text: str) -> None:
             raise NotSubmittable(f"{module_name} has no function {path!r}. Nothing was submitted.") from None
     if not callable(found):
         raise NotSubmittable(f"{text} is of type {type(found).__name__}, not a function. Nothing was submitted.")
+    return found
 
 
 def _arguments(words: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:

@@ -80,7 +80,7 @@ def sentence(end: StoredResult) -> str | None:
     elif end.reason is Reason.TIME_LIMIT:
         said = "was ended by its time limit"
     elif end.reason is Reason.WORKER_LOST:
-        said = "was given up: its workers died too often"
+        said = "was given up: the processes that ran it died too often"
     elif end.reason is Reason.DEPENDENCY:
         said = "failed: not all of its members succeeded"
     if said:

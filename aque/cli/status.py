@@ -17,7 +17,7 @@ from aque.cli.farm import Farm, open_farm
 from aque.cli.show import as_json, columns, count, escape, span, timestamp
 from aque.errors import BadInput
 from aque.machine import user_name
-from aque.states import COMPLETE_STATES, State
+from aque.states import COMPLETE_STATES, READY_STATES, UNREADY_STATES, State
 from aque.values import Pattern, Requirement
 
 #: What `--json` prints, in this order; programs rely on it.
@@ -26,6 +26,7 @@ FIELDS = (
     "depends_on", "parent_id", "job_id", "submitter", "submitted_at", "started_at", "finished_at",
 )  # fmt: skip
 #: What `why` is made of.
+_NOT_STARTED = READY_STATES | UNREADY_STATES
 _FOR_WHY = ("state", "cpus", "memory", "queue", "pattern", "host", "platform", "user", "interpreter", "unmet")
 _TABLE = (
     "id", "state", "reason", "exit_code", "signal", "cpus", "memory", "worker", "submitted_at", "started_at",
@@ -84,6 +85,9 @@ def command(
         else:
             rows = _recent(farm, asked, newest or NEWEST)
             shown = f"unfinished tasks, and {user_name()}'s that finished in the last hour"
+        for row in rows:
+            if row.get("state") in _NOT_STARTED:  # what an earlier attempt has left says nothing about now
+                row.update(dict.fromkeys({"worker", "started_at"} & row.keys()))
         if needs_why:
             places = farm.places()
             for row in rows:

@@ -142,7 +142,7 @@ def test_whoever_is_not_in_the_user_database_is_nobody(run: Run, name: str) -> N
 
 def test_root_and_users_of_the_system_are_refused_unless_they_are_allowed(run: Run) -> None:
     reason, message = refused(run(b"id", user=OtherUser("root")))
-    assert reason == "cannot_become_user" and "allow_root_tasks" in message
+    assert reason == "cannot_become_user" and "AQUE_ALLOW_ROOT_TASKS" in message
     reason, message = refused(run(b"id", user=OtherUser("daemon")))
     assert reason == "cannot_become_user" and "min_uid" in message
     assert ran(run(b"id", b"-un", user=OtherUser("daemon", min_uid=0))) == b"daemon\n"

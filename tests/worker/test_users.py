@@ -178,7 +178,7 @@ def test_who_cannot_be_become_is_an_error_with_its_reason(roots_farm: Farm, user
 
 def test_tasks_of_root_are_refused(roots_farm: Farm) -> None:
     for task in (aque.shell(["true"]), tasks.add.delay(1, 2)):
-        assert "allow_root_tasks" in str(failure(task))
+        assert "AQUE_ALLOW_ROOT_TASKS" in str(failure(task))
         assert roots_farm.row(task)["reason"] == "cannot_become_user"
 
 
@@ -221,12 +221,12 @@ def test_who_is_not_root_cannot_submit_for_others(farm: Farm, monkeypatch: pytes
         aque.shell(["true"], user="somebody-else")
 
 
-def test_a_worker_that_is_not_roots_leaves_tasks_of_others(farm: Farm, user: User) -> None:
-    """The personal worker of this farm on SQLite runs all; that of a service account would say why not."""
-    task = aque.shell(["id", "-u"], user=user.name)
+def test_in_a_store_of_one_person_nobody_else_can_be_named(farm: Farm, user: User) -> None:
     if farm.store.dialect == "sqlite":
-        assert task.get(timeout=LIMIT)["stdout"] == f"{os.geteuid()}\n"
+        with pytest.raises(BadInput, match="runs as its owner"):
+            aque.shell(["id", "-u"], user=user.name)
     else:
+        task = aque.shell(["id", "-u"], user=user.name)
         assert task.get(timeout=LIMIT)["stdout"] == f"{user.uid}\n"
 
 
@@ -319,6 +319,20 @@ def test_other_ends_are_errors_with_a_reason(farm: Farm, me: User, name: str, re
     error = failure(call(farm, me, name))
     assert isinstance(error, RemoteError) and text in str(error)
     assert error.reason == reason
+
+
+def test_a_module_with_tasks_of_aque_needs_no_aque_there(farm: Farm, me: User) -> None:
+    (me.home / "decorated.py").write_text(
+        "import aque, sys\n@aque.task\ndef plain(): return sys.executable\n"
+        f"@aque.task(cpus='1/8', interpreter={PYTHON!r})\ndef with_options(): return sys.executable\n"
+    )
+    words = ("call", "--interpreter", PYTHON, "decorated:plain"), ("call", "decorated:with_options")
+    for task in (submit(farm, me, *each) for each in words):
+        assert os.path.samefile(task.get(timeout=LIMIT), PYTHON)
+    assert [farm.row(task)[name] for name in ("cpus", "interpreter")] == ["1/8", PYTHON], "as the decorator says"
+    other = submit(farm, me, "call", "--cpus", "0.5", "decorated:with_options")
+    other.get(timeout=LIMIT)
+    assert farm.row(other)["cpus"] == "0.5", "unless the command line says otherwise"
 
 
 def test_an_interpreter_that_is_not_there_is_an_error(farm: Farm, me: User) -> None:
