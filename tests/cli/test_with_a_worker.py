@@ -341,7 +341,7 @@ def test_a_worker_is_drained_and_undrained_by_its_name(served):
     assert watching.stderr is not None
     assert "every running worker is draining" in watching.stderr.readline()
     assert served.state(task_id) == "ready"
-    assert served("workers", "undrain", name).out == f"{name} claims again; it runs 0 tasks\n"
+    assert served("workers", "undrain", name).out.startswith(f"{name} claims again; it runs ")
     assert process.communicate(timeout=20)[0] == watching.communicate(timeout=20)[0] == "ran\n"
     assert "live" in served("workers").out
 
