@@ -89,11 +89,10 @@ class Group:
             for name in names:
                 with suppress(OSError):
                     os.rmdir(f"{path}/{name}")
-        with suppress(FileNotFoundError):
-            try:
-                os.rmdir(self.path)
-            except OSError:
-                return False
+        try:
+            os.rmdir(self.path)
+        except OSError:
+            return not os.path.exists(self.path)
         return True
 
     def end_left(self) -> None:

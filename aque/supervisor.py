@@ -67,6 +67,7 @@ class Supervisor:
             except OSError:
                 self.group = None
         self.channel = channel
+        self.blocked = False  #: the channel took less than there was to send
         self.worker = worker
         self.wakeup = catch_signals()
         self.umask = os.umask(0o022)
@@ -104,8 +105,7 @@ class Supervisor:
         self.tails = {STDOUT: bytearray(), STDERR: bytearray()}
         #: Bytes of a result that are still forwarded.
         self.result_bytes = 0
-        #: The worker does not keep up; pipes that are not polled because of that.
-        self.blocked = False
+        #: Pipes that are not polled, because the worker does not keep up.
         self.paused: set[int] = set()
         self.cpu_seconds = 0.0
         self.max_rss_bytes = 0
@@ -190,6 +190,9 @@ class Supervisor:
             pass
         except ConnectionError:
             raise Gone from None
+        if self.blocked != bool(self.outgoing):  # the rest goes as soon as there is room for it
+            self.blocked = bool(self.outgoing)
+            self.poll.modify(self.channel, select.POLLIN | select.POLLOUT if self.blocked else select.POLLIN)
 
     def flush(self) -> None:
         """Send everything, however slowly the worker reads."""
@@ -296,7 +299,6 @@ class Supervisor:
 
     def watch(self) -> None:
         """Until nothing of the command lives and its output is read."""
-        channel = self.channel.fileno()
         self.receive(wait=False)  # what has come while it started: a kill, a longer lease
         self.obey()
         while self.has_children:
@@ -320,7 +322,7 @@ class Supervisor:
             if self.kill_at <= now:
                 self.leave_nothing()
                 break
-            self.balance(channel)
+            self.balance()
             longest = LONGEST_WAIT_SECONDS if self.lease_until == math.inf else LEASE_LOOK_SECONDS
             due = min(self.flush_at, self.limit_at, self.soft_limit_at, self.kill_at, now + longest)
             seconds = min(due - now, self.lease_left())
@@ -332,38 +334,34 @@ class Supervisor:
                     self.reap()
                 elif fd == self.worker:
                     raise Gone
-                elif event & READABLE:
-                    self.receive(wait=False)
-                    self.obey()
                 else:
-                    self.push()
-        self.resume(channel)
+                    if event & READABLE:
+                        self.receive(wait=False)
+                        self.obey()
+                    if event & select.POLLOUT:
+                        self.push()
+        self.resume()
         while self.streams and (ready := self.poll_streams()):
             for fd, event in ready:
                 self.relay(fd, event)
         for fd in list(self.streams):
             self.close(fd)
 
-    def balance(self, channel: int) -> None:
+    def balance(self) -> None:
         """Back-pressure: read the command's pipes only while the worker keeps up, except what is dropped anyway."""
         if len(self.outgoing) >= PENDING_BYTES:
             self.push()
         behind = len(self.outgoing) >= PENDING_BYTES
         if behind:
-            if not self.blocked:
-                self.poll.modify(channel, select.POLLIN | select.POLLOUT)
-                self.blocked = True
             for fd, kind in self.streams.items():
                 if self.room(kind) and fd not in self.paused:
                     # Not modify to no events: the end of the pipe would be reported all the same, and with it data lost.
                     self.poll.unregister(fd)
                     self.paused.add(fd)
-        elif self.blocked:
-            self.resume(channel)
+        elif self.paused:
+            self.resume()
 
-    def resume(self, channel: int) -> None:
-        self.poll.modify(channel, select.POLLIN)
-        self.blocked = False
+    def resume(self) -> None:
         for fd in self.paused:
             self.poll.register(fd, select.POLLIN)
         self.paused.clear()

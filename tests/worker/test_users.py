@@ -210,7 +210,9 @@ def test_limits_of_the_setting_hold(store_url: str, user: User, tmp_path: Path) 
     chosen = {"unsafe_allow_root_sqlite": True, "rlimits": "nofile=100:200,core=0"}
     with Farm(store_url, tmp_path, **chosen) as farm, farm.entered():
         farm.start_worker("-c", "1")
-        for task in (aque.shell(script("ulimit -n; ulimit -Hn; ulimit -c"), user=name) for name in ("", user.name)):
+        for task in (
+            aque.shell(script("ulimit -n; ulimit -Hn; ulimit -c"), user=name, cwd="/") for name in ("", user.name)
+        ):
             assert task.get(timeout=LIMIT)["stdout"].split() == ["100", "200", "0"]
 
 
@@ -226,7 +228,7 @@ def test_in_a_store_of_one_person_nobody_else_can_be_named(farm: Farm, user: Use
         with pytest.raises(BadInput, match="runs as its owner"):
             aque.shell(["id", "-u"], user=user.name)
     else:
-        task = aque.shell(["id", "-u"], user=user.name)
+        task = aque.shell(["id", "-u"], user=user.name, cwd="/")
         assert task.get(timeout=LIMIT)["stdout"] == f"{user.uid}\n"
 
 
