@@ -278,7 +278,13 @@ def _requirement(
 
 def _environment(variables: Mapping[bytes, bytes]) -> bytes:
     """NAME=VALUE, each ended by NUL, in order of name: equal environments are stored once."""
-    kept = sorted((name, value) for name, value in variables.items() if name not in _OWN_VARIABLES)
+    return _joined_environment(tuple(variables.items()))
+
+
+@lru_cache(maxsize=16)
+def _joined_environment(variables: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    """Remembered, since all tasks of a graph have the same."""
+    kept = sorted((name, value) for name, value in variables if name not in _OWN_VARIABLES)
     for name, value in kept:
         if not name or b"=" in name or b"\0" in name or b"\0" in value:
             raise BadInput(

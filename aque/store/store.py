@@ -925,6 +925,7 @@ def _requirement_key(requirement: Requirement) -> dict[str, Any]:
     return {name: getattr(requirement, name) for name in Requirement.__slots__} | {"pattern": str(requirement.pattern)}
 
 
+@lru_cache(maxsize=16)
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
