@@ -1,0 +1,180 @@
+"""claim: what is ready, who takes it, and what goes back unstarted."""
+
+from functools import cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from aque.states import Event, State, sources
+from aque.store.engine import one_of, per_class, row_set
+from aque.store.statements.common import (
+    Statement,
+    in_states,
+    is_not_being_ended,
+    is_state,
+)
+from aque.store.tables import environment, payload, requirement, task, worker
+
+
+def _ready_classes() -> sa.CTE:
+    """The requirement classes that have ready tasks: a loose scan of the index, one step per class, however many tasks
+    there are (1,000,000 rows: 0.6 ms, against 177 ms for a filter on the rows)."""
+    smallest = sa.select(sa.func.min(task.c.requirement_id).label("id")).where(is_state(State.READY))
+    found = smallest.cte("found", recursive=True)
+    following = (
+        sa.select(sa.func.min(task.c.requirement_id))
+        .where(is_state(State.READY), task.c.requirement_id > found.c.id)
+        .scalar_subquery()
+    )
+    return found.union_all(sa.select(following).where(found.c.id.is_not(None)))
+
+
+@cache
+def candidates(dialect: str) -> Statement:
+    """The first `limit` ready tasks of each requirement class, without the classes in `unfit`."""
+    found = _ready_classes()
+    fit = sa.select(found.c.id).where(found.c.id.is_not(None), sa.not_(one_of(dialect, found.c.id, "unfit"))).cte("fit")
+    wanted = per_class(
+        dialect,
+        fit,
+        task,
+        task.c.requirement_id,
+        is_state(State.READY),
+        (task.c.priority.desc(), task.c.duration.desc(), task.c.id),
+        "limit",
+    ).subquery("first_rows")
+    columns = wanted.c
+    return sa.select(columns.id, columns.requirement_id, columns.priority, columns.duration, columns.name)
+
+
+def _claim(dialect: str) -> Any:
+    """Give the ready tasks among `ids` to `to_worker` in `to_state` (claimed or running). Others may have been faster."""
+    # A CTE, not a subquery: PostgreSQL may run a subquery again and lock other rows.
+    # A worker that has been declared lost or is drained claims nothing: its row is held until this has committed.
+    me = (
+        sa.select(worker.c.id)
+        .where(
+            worker.c.id == sa.bindparam("to_worker", type_=sa.BigInteger),
+            worker.c.state == "live",
+            sa.not_(worker.c.draining),
+        )
+        .with_for_update(read=True)
+        .cte("me")
+    )
+    picked = (
+        sa.select(task.c.id)
+        .where(one_of(dialect, task.c.id, "ids"), is_state(State.READY), sa.exists().where(me.c.id.is_not(None)))
+        .with_for_update(skip_locked=True, of=task)
+        .cte("picked")
+    )
+    return (
+        sa.update(task)
+        .where(task.c.id == picked.c.id, is_state(State.READY))
+        .values(
+            state=sa.bindparam("to_state"),
+            worker_id=sa.bindparam("to_worker"),
+            token=sa.bindparam("new_token"),
+            attempt=task.c.attempt + 1,
+            started_at=sa.bindparam("starts_at", type_=sa.Double),
+            finished_at=None,
+            reason=None,
+            exit_code=None,
+            signal=None,
+            truncated=False,
+            progress=None,
+        )
+        .returning(*_CLAIMED)
+    )
+
+
+_CLAIMED = (
+    task.c.id,
+    task.c.attempt,
+    task.c.requirement_id,
+    task.c.name,
+    task.c.pattern,
+    task.c.priority,
+    task.c.parent_id,
+    task.c.job_id,
+    task.c.celery_id,
+    task.c.max_attempts,
+    task.c.dependents,
+)
+_PAYLOAD = (
+    payload.c.function,
+    payload.c.arguments,
+    payload.c.inputs,
+    payload.c.argv,
+    payload.c.stdin,
+    payload.c.stdin_path,
+    payload.c.stdout_path,
+    payload.c.stderr_path,
+    payload.c.login,
+    payload.c.cwd,
+    payload.c.umask,
+    payload.c.import_path,
+    payload.c.time_limit_seconds,
+    payload.c.soft_time_limit_seconds,
+    payload.c.strict_lease,
+    requirement.c.queue,
+    requirement.c.user,
+    requirement.c.interpreter,
+    environment.c.content.label("environment"),
+)
+
+
+@cache
+def claim(dialect: str) -> Statement:
+    """See `_claim`. Returns everything that running the tasks needs: on PostgreSQL in the same statement, on SQLite, whose
+    CTEs cannot write, the ids for `claimed_tasks`."""
+    moved = _claim(dialect)
+    if dialect == "sqlite":
+        return moved
+    return _with_payload(moved.cte("moved"))
+
+
+@cache
+def claimed_tasks(dialect: str) -> Statement:
+    """Everything that running these tasks (`ids`) needs."""
+    return _with_payload(sa.select(*_CLAIMED).where(one_of(dialect, task.c.id, "ids")).cte("moved"))
+
+
+def _with_payload(moved: sa.CTE) -> sa.Select[Any]:
+    return sa.select(*moved.c, *_PAYLOAD).select_from(
+        moved.join(payload, payload.c.task_id == moved.c.id)
+        .join(requirement, requirement.c.id == moved.c.requirement_id)
+        .outerjoin(environment, environment.c.id == payload.c.environment_id)
+    )
+
+
+@cache
+def start(dialect: str) -> Statement:
+    """Buffered tasks (`rows`: id, token, started_at) that have started: claimed -> running."""
+    rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger(), started_at=sa.Double())
+    return (
+        sa.update(task)
+        .where(task.c.id == rows.c.id, task.c.token == rows.c.token, is_state(State.CLAIMED))
+        .values(state=State.RUNNING, started_at=rows.c.started_at)
+    )
+
+
+@cache
+def give_back(dialect: str) -> Statement:
+    """Active tasks (`rows`: id, token) that their worker cannot or will not finish: ready again, counted neither as failed
+    nor as lost. One that had started keeps its attempt's number: there is at most one start per (task, attempt).
+
+    A task that someone has killed meanwhile is left: the caller settles it as an outcome.
+    """
+    rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger())
+    return (
+        sa.update(task)
+        .where(task.c.id == rows.c.id, task.c.token == rows.c.token, in_states(sources(Event.GIVE_BACK)))
+        .where(is_not_being_ended())
+        .values(
+            state=State.READY,
+            attempt=task.c.attempt - sa.case((is_state(State.CLAIMED), 1), else_=0),
+            token=None,
+            reason=None,
+        )
+        .returning(task.c.id)
+    )

@@ -1,0 +1,295 @@
+"""finish -> release: outcomes, and what they set in motion."""
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import sqlalchemy as sa
+
+from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
+from aque.store.engine import closure, one_of, row_set, wall_clock
+from aque.store.statements.common import (
+    ON_WORKER,
+    Statement,
+    in_states,
+    insert_into,
+    is_not_being_ended,
+    is_state,
+    locked_in_order,
+)
+from aque.store.tables import attempt, edge, output, result, task
+from aque.values import Condition
+
+#: What the table is told of an outcome.
+_OUTCOME: dict[str, sa.types.TypeEngine[Any]] = {
+    "id": sa.BigInteger(),
+    "attempt": sa.Integer(),
+    "token": sa.BigInteger(),
+    "state": sa.Text(),
+    "reason": sa.Text(),
+    "exit_code": sa.Integer(),
+    "signal": sa.Integer(),
+    "truncated": sa.Boolean(),
+    "started_at": sa.Double(),
+    "ended_at": sa.Double(),
+    "repeat": sa.Boolean(),
+}
+
+
+@cache
+def finish(dialect: str) -> Statement:
+    """Record outcomes (`rows`), each only if its claim still stands. Returns what really moved: only that may release.
+
+    A failed attempt that may be repeated (its row says `repeat`) goes back to ready; so does a lost one (its state says
+    `ready`), unless it was killed meanwhile, or is the last of `max_lost`.
+    """
+    rows = row_set(dialect, "rows", **_OUTCOME)
+    locked = locked_in_order(task.c.id.in_(sa.select(rows.c.id)))
+    return _finish(rows.c).where(task.c.id == locked.c.id)
+
+
+@cache
+def finish_one() -> Statement:
+    """The same for a single outcome, whose fields are parameters with `o_` before their names: no set to plan for, no order
+    to lock in (0.3 ms less on PostgreSQL)."""
+    return _finish(SimpleNamespace(**{name: sa.bindparam(f"o_{name}", type_=kind) for name, kind in _OUTCOME.items()}))
+
+
+@cache
+def finish_one_with_result() -> Statement:
+    """PostgreSQL: `finish_one` and `store_results` (parameters `o_value`, `o_error`) in one round trip."""
+    return _with_result(finish_one())
+
+
+def _with_result(finishing: Any) -> Statement:
+    moved = finishing.cte("moved")
+    values = sa.select(
+        moved.c.id, sa.bindparam("o_value", type_=sa.LargeBinary), sa.bindparam("o_error", type_=sa.LargeBinary)
+    )
+    stored = (
+        _store_results("postgresql", ["task_id", "value", "error"], values).returning(result.c.task_id).cte("stored")
+    )
+    return sa.select(moved.c.id, moved.c.state, moved.c.dependents).add_cte(stored)
+
+
+@cache
+def finish_alone(with_result: bool) -> Statement:
+    """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for: no release has to be in its
+    transaction. No row: its claim does not stand, or something has come to wait for it."""
+    alone = finish_one().where(task.c.dependents == 0)
+    return _with_result(alone) if with_result else alone
+
+
+def _finish(row: Any) -> Any:
+    lost = row.state == State.READY
+    repeat = sa.and_(row.repeat, is_not_being_ended(), task.c.failed + 1 < task.c.max_attempts)
+    return (
+        sa.update(task)
+        .where(
+            task.c.id == row.id,
+            task.c.token == row.token,
+            task.c.attempt == row.attempt,
+            in_states(ON_WORKER),
+        )
+        .values(
+            state=sa.case(
+                (sa.and_(lost, task.c.kill_signal.in_(sorted(ENDING_SIGNALS))), State.KILLED.value),
+                (
+                    sa.and_(
+                        lost,
+                        sa.or_(sa.not_(task.c.requeue), task.c.lost + 1 >= sa.bindparam("max_lost", type_=sa.Integer)),
+                    ),
+                    State.ERROR.value,
+                ),
+                (repeat, State.READY.value),
+                else_=row.state,
+            ),
+            attempt=task.c.attempt - sa.case((row.state == State.CANCELLED, 1), else_=0),
+            lost=task.c.lost + sa.case((lost, 1), else_=0),
+            failed=task.c.failed + sa.case((row.state == State.ERROR, 1), else_=0),
+            reason=row.reason,
+            exit_code=row.exit_code,
+            signal=row.signal,
+            truncated=row.truncated,
+            started_at=sa.func.coalesce(task.c.started_at, row.started_at),
+            finished_at=row.ended_at,
+            token=None,
+            kill_signal=None,
+            kill_grace=None,
+        )
+        .returning(task.c.id, task.c.state, task.c.dependents)
+    )
+
+
+@cache
+def keep_attempts(dialect: str) -> Statement:
+    """Copy the latest attempt of those of these tasks (`ids`) that have started, and that another will follow, into the
+    history as `ended_as`."""
+    chosen = sa.select(
+        task.c.id,
+        task.c.attempt,
+        task.c.worker_id,
+        sa.bindparam("ended_as", type_=sa.Text),
+        sa.func.coalesce(sa.bindparam("because", type_=sa.Text), task.c.reason),
+        task.c.exit_code,
+        task.c.signal,
+        task.c.started_at,
+        sa.func.coalesce(task.c.finished_at, wall_clock()),
+    ).where(one_of(dialect, task.c.id, "ids"), task.c.started_at.is_not(None))
+    names = ["task_id", "attempt", "worker_id", "state", "reason", "exit_code", "signal", "started_at", "finished_at"]
+    return sa.insert(attempt).from_select(names, chosen)
+
+
+def _matches(dialect: str) -> sa.ColumnElement[bool]:
+    """True for an edge that the completion of its upstream task satisfies: `succeeded` says which of them did.
+
+    Arrays, not a set of rows: joined to one, PostgreSQL read the whole table of edges for each task that finished.
+    """
+    succeeded = one_of(dialect, edge.c.upstream, "succeeded")
+    return sa.or_(edge.c.condition == Condition.ANY, (edge.c.condition == Condition.OK) == succeeded)
+
+
+def _satisfy(dialect: str) -> Any:
+    """Mark the edges that the completions of `ids` satisfy; returns the dependent of each."""
+    return (
+        sa.update(edge)
+        .where(one_of(dialect, edge.c.upstream, "ids"), sa.not_(edge.c.satisfied), _matches(dialect))
+        .values(satisfied=True)
+        .returning(edge.c.downstream)
+    )
+
+
+_COUNTED = (task.c.id, task.c.state, task.c.unmet, task.c.requirement_id, task.c.priority, task.c.duration, task.c.name)
+
+
+def _count_down(met: Any) -> Any:
+    """Take `met.n` from the dependencies left of each task `met.id`; at 0 it is ready. A group is left pending:
+    `end_groups` settles it."""
+    locked = locked_in_order(task.c.id.in_(sa.select(met.c.id)))
+    left = task.c.unmet - met.c.n
+    released = sa.and_(left == 0, is_state(State.PENDING), task.c.requirement_id.is_not(None))
+    return (
+        sa.update(task)
+        .where(task.c.id == locked.c.id, met.c.id == locked.c.id)
+        .values(unmet=left, state=sa.case((released, State.READY.value), else_=task.c.state))
+    )
+
+
+@cache
+def satisfy_and_count_down() -> Statement:
+    """PostgreSQL: `satisfy` and `count_down` in one round trip; each dependent with `n`, its newly satisfied edges."""
+    satisfied = _satisfy("postgresql").cte("satisfied")
+    met = (
+        sa.select(satisfied.c.downstream.label("id"), sa.func.count().label("n"))
+        .group_by(satisfied.c.downstream)
+        .cte("met")
+    )
+    return _count_down(met).returning(*_COUNTED, met.c.n)
+
+
+@cache
+def satisfy() -> Statement:
+    """SQLite: see `_satisfy`."""
+    return _satisfy("sqlite")
+
+
+@cache
+def count_down() -> Statement:
+    """SQLite: see `_count_down`; `rows`: id, n."""
+    return _count_down(row_set("sqlite", "rows", id=sa.BigInteger(), n=sa.Integer())).returning(*_COUNTED)
+
+
+@cache
+def doomed(dialect: str) -> Statement:
+    """Every task that the completions of `ids` (`succeeded`: those that did) make impossible, at once and however far down
+    the graph: a dependent whose condition cannot be met any more, and all that need the success of such a one."""
+    first = sa.select(edge.c.downstream.label("id")).where(
+        one_of(dialect, edge.c.upstream, "ids"), sa.not_(edge.c.satisfied), sa.not_(_matches(dialect))
+    )
+    found = closure(dialect, first, [(edge.c.upstream, edge.c.downstream, edge.c.condition == Condition.OK)])
+    return sa.select(found.c.id)
+
+
+@cache
+def skip(dialect: str) -> Statement:
+    """Settle these unstarted tasks (`ids`) as skipped."""
+    locked = locked_in_order(sa.and_(one_of(dialect, task.c.id, "ids"), in_states(sources(Event.SKIP))))
+    return (
+        sa.update(task)
+        .where(task.c.id == locked.c.id)
+        .values(state=State.SKIPPED, reason=Reason.DEPENDENCY, finished_at=wall_clock())
+        .returning(task.c.id, task.c.dependents)
+    )
+
+
+@cache
+def end_groups(dialect: str) -> Statement:
+    """Settle these groups (`ids`), all of whose members have ended: success if all of them succeeded."""
+    upstream = task.alias("upstream")
+    failed = sa.exists().where(
+        edge.c.downstream == task.c.id, edge.c.upstream == upstream.c.id, upstream.c.state != State.SUCCESS
+    )
+    return (
+        sa.update(task)
+        .where(one_of(dialect, task.c.id, "ids"), is_state(State.PENDING), task.c.unmet == 0)
+        .values(
+            state=sa.case((failed, State.ERROR.value), else_=State.SUCCESS.value),
+            reason=sa.case((failed, Reason.DEPENDENCY.value), else_=sa.null()),
+            finished_at=wall_clock(),
+        )
+        .returning(task.c.id, task.c.state, task.c.dependents)
+    )
+
+
+@cache
+def store_results(dialect: str) -> Statement:
+    """Results of tasks (`task_id`, `value`, `error`), in place of those of an earlier attempt."""
+    return _store_results(dialect)
+
+
+def _store_results(dialect: str, names: list[str] | None = None, values: Any = None) -> Any:
+    insert = insert_into(dialect, result)
+    if values is not None:
+        insert = insert.from_select(names, values)
+    return insert.on_conflict_do_update(
+        index_elements=[result.c.task_id], set_={"value": insert.excluded.value, "error": insert.excluded.error}
+    )
+
+
+@cache
+def append_output(dialect: str) -> Statement:
+    """Captured bytes; the same piece written twice (a replayed batch) is written once."""
+    return insert_into(dialect, output).on_conflict_do_nothing()
+
+
+@cache
+def results(dialect: str) -> Statement:
+    """State, result and error of these tasks (`ids`)."""
+    return (
+        sa.select(
+            task.c.id,
+            task.c.state,
+            task.c.reason,
+            task.c.name,
+            task.c.pattern,
+            task.c.attempt,
+            task.c.exit_code,
+            task.c.signal,
+            task.c.finished_at,
+            result.c.value,
+            result.c.error,
+        )
+        .select_from(task.outerjoin(result, result.c.task_id == task.c.id))
+        .where(one_of(dialect, task.c.id, "ids"))
+    )
+
+
+@cache
+def existing(dialect: str) -> Statement:
+    return sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"))
+
+
+@cache
+def completed(dialect: str) -> Statement:
+    """Which of these tasks (`ids`) are complete, and how."""
+    return sa.select(task.c.id, task.c.state).where(one_of(dialect, task.c.id, "ids"), in_states(COMPLETE_STATES))

@@ -1,0 +1,108 @@
+"""doctor: the invariants as questions; a sound store has no row for any of them."""
+
+from functools import cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from aque.states import ACTIVE_STATES, COMPLETE_STATES, State
+from aque.store.statements.common import (
+    ON_WORKER,
+    Statement,
+    is_state,
+)
+from aque.store.tables import edge, payload, requirement, task, worker
+from aque.values import Condition, Pattern
+
+
+def checks(dialect: str) -> dict[str, sa.Select[Any]]:
+    """Name of the broken rule -> the ids of the tasks that break it."""
+    upstream = task.alias("upstream")
+    complete = [state.value for state in COMPLETE_STATES]
+    holds = sa.and_(
+        upstream.c.state.in_(complete),
+        sa.or_(
+            edge.c.condition == Condition.ANY,
+            sa.and_(edge.c.condition == Condition.OK, upstream.c.state == State.SUCCESS),
+            sa.and_(edge.c.condition == Condition.FAILED, upstream.c.state != State.SUCCESS),
+        ),
+    )
+    open_edges = (
+        sa.select(sa.func.count())
+        .select_from(edge)
+        .where(edge.c.downstream == task.c.id, sa.not_(edge.c.satisfied))
+        .correlate(task)
+        .scalar_subquery()
+    )
+    unfinished = task.c.state.not_in(complete)
+    edges_out = (
+        sa.select(sa.func.count())
+        .select_from(edge)
+        .where(edge.c.upstream == task.c.id)
+        .correlate(task)
+        .scalar_subquery()
+    )
+    return {
+        "I7 dependents is the number of edges out of a task": sa.select(task.c.id).where(
+            task.c.dependents != edges_out
+        ),
+        "I7 unmet is the number of open dependencies": sa.select(task.c.id).where(
+            unfinished, task.c.unmet != open_edges
+        ),
+        "I7 a dependency is satisfied exactly if its upstream task ended so": sa.select(edge.c.downstream)
+        .select_from(edge.join(upstream, upstream.c.id == edge.c.upstream).join(task, task.c.id == edge.c.downstream))
+        .where(unfinished, edge.c.satisfied != holds),
+        "I7 what a dependency made impossible is settled": sa.select(edge.c.downstream)
+        .select_from(edge.join(upstream, upstream.c.id == edge.c.upstream).join(task, task.c.id == edge.c.downstream))
+        .where(unfinished, upstream.c.state.in_(complete), sa.not_(holds)),
+        "I6 what may start or has started waits for nothing": sa.select(task.c.id).where(
+            task.c.state.in_([State.READY.value, *[s.value for s in ON_WORKER]]), task.c.unmet != 0
+        ),
+        "I2 what waits for nothing is ready": sa.select(task.c.id).where(
+            task.c.state == State.PENDING, task.c.unmet == 0
+        ),
+        "I4 an active task has a claim by a worker": sa.select(task.c.id)
+        .select_from(task.outerjoin(worker, worker.c.id == task.c.worker_id))
+        .where(
+            task.c.state.in_([s.value for s in ON_WORKER]),
+            sa.or_(task.c.token.is_(None), worker.c.id.is_(None), worker.c.state != "live"),
+        ),
+        "I4 a task that is not active has no claim": sa.select(task.c.id).where(
+            task.c.state.not_in([s.value for s in ACTIVE_STATES]), task.c.token.is_not(None)
+        ),
+        "I1 a task has a payload": sa.select(task.c.id)
+        .select_from(task.outerjoin(payload, payload.c.task_id == task.c.id))
+        .where(payload.c.task_id.is_(None), task.c.pattern != Pattern.GROUP),
+        "I1 an edge joins two tasks": sa.select(edge.c.downstream)
+        .select_from(
+            edge.outerjoin(upstream, upstream.c.id == edge.c.upstream).outerjoin(task, task.c.id == edge.c.downstream)
+        )
+        .where(sa.or_(upstream.c.id.is_(None), task.c.id.is_(None))),
+        "I3 a complete task has an end, an unfinished one has none": sa.select(task.c.id).where(
+            task.c.state.in_(complete) != task.c.finished_at.is_not(None),
+            sa.or_(task.c.state.in_(complete), task.c.state.in_([State.PENDING.value, State.RUNNING.value])),
+        ),
+    }
+
+
+@cache
+def reservations() -> Statement:
+    """What is reserved on each live worker, task by task, beside what the worker has."""
+    return (
+        sa.select(
+            worker.c.id,
+            worker.c.name,
+            worker.c.cpus.label("worker_cpus"),
+            worker.c.memory_bytes.label("worker_memory"),
+            task.c.id.label("task_id"),
+            requirement.c.cpus,
+            requirement.c.memory_bytes,
+        )
+        .select_from(
+            task.join(worker, worker.c.id == task.c.worker_id).join(
+                requirement, requirement.c.id == task.c.requirement_id
+            )
+        )
+        .where(is_state(State.RUNNING))
+        .order_by(worker.c.id)
+    )
