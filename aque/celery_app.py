@@ -34,6 +34,10 @@ TASK_OPTIONS = (
     "memory",
     "host",
     "platform",
+    "resources",
+    "limits",
+    "tags",
+    "requires_paths",
     "duration",
     "io_paths",
     "time_limit",
@@ -251,8 +255,8 @@ def task(**options: Any) -> Callable[[Callable[..., Any]], Task]: ...
 def task(*args: Any, **options: Any) -> Any:
     """Make a function a task that goes through the table: `@aque.task` or `@aque.task(cpus=0.5, memory="1G")`.
 
-    Takes Celery's options and `queue priority cpus memory host platform duration io_paths time_limit soft_time_limit
-    max_attempts requeue layer`.
+    Takes Celery's options and `queue priority cpus memory resources limits tags host platform requires_paths duration io_paths
+    time_limit soft_time_limit max_attempts requeue layer`.
     The function must be found by its name in its module: workers import it. The task belongs to the current Celery app.
     """
     for function in args:
@@ -388,6 +392,9 @@ def run_worker(
     *,
     cpus: str | None,
     memory: str | None,
+    resources: str | None,
+    tags: str | None,
+    pin: bool,
     queues: list[str] | None,
     concurrency: int | None,
     name: str | None,
@@ -397,7 +404,8 @@ def run_worker(
     celery_args: list[str],
 ) -> int:
     """`aque worker`: Celery's worker with this module's app; its exit status."""
-    chosen = {"aque_cpus": cpus, "aque_memory": memory, "aque_until": until, "aque_reload": reload}
+    chosen = {"aque_cpus": cpus, "aque_memory": memory, "aque_resources": resources, "aque_tags": tags, "aque_pin": pin}
+    chosen |= {"aque_until": until, "aque_reload": reload}
     app.conf.update({key: value for key, value in chosen.items() if value})
     arguments = ["worker", "--loglevel", loglevel]
     if queues:
@@ -488,8 +496,9 @@ def _known(options: Mapping[str, Any]) -> dict[str, Any]:
     known_names = (*TASK_OPTIONS, *DEPENDENCY_OPTIONS)
     if unknown := set(known) - {*TASK_OPTIONS, "name"}:
         raise BadInput(f"unknown task options {', '.join(sorted(unknown))}; there are {', '.join(known_names)}.")
-    if isinstance(known.get("io_paths"), (list, tuple)):
-        known["io_paths"] = tuple(known["io_paths"])
+    for name in ("io_paths", "requires_paths", "tags"):
+        if isinstance(known.get(name), list):
+            known[name] = tuple(known[name])
     return known
 
 

@@ -4,11 +4,11 @@ Order: priority (higher first), then expected duration (longest first), then id;
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from heapq import merge
 
-from aque.resources import Capacity, CpuRequest, format_cpus
+from aque.resources import Capacity, CpuRequest, format_cpus, parse_resources
 from aque.values import ClaimedTask, Pattern, ReadyTask, Requirement
 
 
@@ -23,6 +23,10 @@ class Place:
     user: str = ""  #: whose tasks it runs; empty: whoever's, as itself
     switches_user: bool = False  #: it runs the tasks of other users as these
     draining: bool = False  #: it claims nothing, as a person asked
+    tags: frozenset[str] = frozenset()
+    missing_paths: Mapping[bytes, str] = field(
+        default_factory=dict
+    )  #: that tasks require, and that it has not: why not
 
 
 def is_own(task: Requirement | ClaimedTask, place: Place) -> bool:
@@ -40,7 +44,11 @@ def need(requirement: Requirement, place: Place) -> Capacity:
     cpus = CpuRequest.parse(requirement.cpus).share(place.whole.cpus)
     pooled = runs_in_pool(requirement, place)
     return Capacity(
-        cpus, requirement.memory_bytes, python_slots=int(pooled), command_slots=int(not pooled and cpus == 0)
+        cpus,
+        requirement.memory_bytes,
+        python_slots=int(pooled),
+        command_slots=int(not pooled and cpus == 0),
+        resources=parse_resources(requirement.resources),
     )
 
 
@@ -54,6 +62,12 @@ def why_never(requirement: Requirement, place: Place) -> str | None:
         return f"user is {place.user}, who cannot run tasks of {requirement.user}"
     if requirement.platform and requirement.platform != place.platform:
         return f"platform is {place.platform}, not {requirement.platform}"
+    for tag in filter(None, requirement.tags.split(",")):
+        if (tag[1:] in place.tags) if tag.startswith("!") else (tag not in place.tags):
+            return f"has tag {tag[1:]}" if tag.startswith("!") else f"has no tag {tag}"
+    for path in requirement.requires_paths:
+        if path in place.missing_paths:
+            return f"{path.decode(errors='backslashreplace')} is required: {place.missing_paths[path]}"
     return place.whole.lacking(need(requirement, place))
 
 

@@ -3,7 +3,6 @@
 import threading
 from collections import deque
 from collections.abc import Callable
-from fractions import Fraction
 
 from aque.resources import Capacity
 
@@ -26,19 +25,13 @@ class Ledger:
     def _free_behind_line(self) -> Capacity:
         if not self._line:
             return self._free
-        left = self._free - self._line[0][0]
-        return Capacity(
-            max(left.cpus, Fraction(0)),
-            max(left.memory_bytes, 0),
-            max(left.python_slots, 0),
-            max(left.command_slots, 0),
-        )
+        return (self._free - self._line[0][0]).without_debts()
 
     @property
     def is_over_budget(self) -> bool:
         """More is reserved than there is: after a restart with fewer CPUs, until enough has ended."""
         with self._lock:
-            return self._free.lacking(Capacity()) is not None
+            return self._free.is_overdrawn
 
     def adopt(self, need: Capacity) -> None:
         """Reserve `need` for what runs already, whether or not it is free."""

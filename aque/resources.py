@@ -1,4 +1,4 @@
-"""What a task asks for and what a worker has: CPUs and memory, exact.
+"""What a task asks for and what a worker has: CPUs, memory, and resources of a site's own; exact.
 
 A CPU request is symbolic until a worker resolves it, because a share is a share of *that* worker:
     "1.5", 1.5, 2    CPUs
@@ -11,7 +11,8 @@ thousandths of a CPU both get wrong.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Self
 
@@ -20,6 +21,9 @@ from aque.errors import BadReservation
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DECIMAL = re.compile(r"\d{1,9}(\.\d{1,9})?|\.\d{1,9}")
 _SHARE = re.compile(r"(\d{0,9})/(\d{1,9})")
+#: NAME=2, or NAME=[0,2-3] for those with these numbers.
+_RESOURCE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,63})\s*=\s*(?:(\d{1,6})|\[([\d,\s-]{1,1000})\])\s*(?:,|$)")
+_LIMIT = re.compile(r"([A-Za-z0-9_.:/@+-]{1,200})(?:=(\d{1,6}))?")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -80,17 +84,86 @@ def format_memory(memory_bytes: int) -> str:
     return str(memory_bytes)
 
 
+def parse_indices(text: str) -> dict[str, tuple[int, ...]]:
+    """The resources of a worker: name -> the numbers of the pieces there are, from `gpu=2` (0 and 1) or `gpu=[1,3-4]`, with
+    commas between several. Raises BadReservation."""
+    found: dict[str, tuple[int, ...]] = {}
+    position = 0
+    while position < len(text):
+        match = _RESOURCE.match(text, position)
+        numbers = match and (_numbers(match[3]) if match[2] is None else tuple(range(int(match[2]))))
+        if match is None or not numbers or match[1] in found:
+            raise BadReservation(
+                f"cannot read the resources {text!r}: write names and how many there are, as in 'gpu=2,nuke=4', or their "
+                "numbers, as in 'gpu=[1,3]'; each name once."
+            )
+        found[match[1]] = numbers
+        position = match.end()
+    return found
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """0,2-3 as numbers; empty for what cannot be read."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = (word.strip() for word in part.partition("-"))
+        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) - int(first) > 10_000:
+            return ()
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found) if len(set(found)) == len(found) else ()
+
+
+def parse_resources(value: str | Mapping[str, int]) -> dict[str, int]:
+    """The resources that a task wants: name -> how many, from `gpu=1,nuke=2` or a mapping. Raises BadReservation."""
+    return _amounts(value, "resources", "gpu=1,nuke=2", re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})(?:=(\d{1,6}))?"))
+
+
+def parse_limits(value: str | Mapping[str, int]) -> dict[str, int]:
+    """The tokens of farm-wide limits that a task wants: name -> how many, from `nuke,licence=2` or a mapping. Raises
+    BadReservation."""
+    return _amounts(value, "limits", "nuke=1", _LIMIT)
+
+
+def _amounts(value: str | Mapping[str, int], what: str, example: str, pattern: re.Pattern[str]) -> dict[str, int]:
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+    elif isinstance(value, Mapping) and not any(isinstance(n, bool) for n in value.values()):
+        parts = [f"{name}={number}" for name, number in value.items()]
+    else:
+        parts = [""]
+    found: dict[str, int] = {}
+    for part in parts:
+        match = pattern.fullmatch(part)
+        if match is None or match[1] in found or match[2] == "0":
+            raise BadReservation(
+                f"cannot read the {what} {value!r}: write names and whole numbers from 1 to 999999, as in {example!r}; each "
+                "name once."
+            )
+        found[match[1]] = int(match[2] or 1)
+    return found
+
+
+def format_amounts(amounts: Mapping[str, int]) -> str:
+    """The text that `parse_resources` and `parse_limits` read back; equal amounts have equal texts."""
+    return ",".join(f"{name}={number}" for name, number in sorted(amounts.items()))
+
+
+_NOTHING: Mapping[str, int] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """An amount of everything that can be reserved: a worker's whole, what is free of it, or one task's need.
 
-    `python_slots` are children of Celery's pool; `command_slots` bound commands that reserve no CPU.
+    `python_slots` are children of Celery's pool; `command_slots` bound commands that reserve no CPU; `resources` are a site's
+    own, such as GPUs.
     """
 
     cpus: Fraction = Fraction(0)
     memory_bytes: int = 0
     python_slots: int = 0
     command_slots: int = 0
+    resources: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
 
     def __add__(self, other: Self) -> Self:
         return type(self)(
@@ -98,6 +171,7 @@ class Capacity:
             self.memory_bytes + other.memory_bytes,
             self.python_slots + other.python_slots,
             self.command_slots + other.command_slots,
+            _sum(self.resources, other.resources, 1),
         )
 
     def __sub__(self, other: Self) -> Self:
@@ -106,7 +180,30 @@ class Capacity:
             self.memory_bytes - other.memory_bytes,
             self.python_slots - other.python_slots,
             self.command_slots - other.command_slots,
+            _sum(self.resources, other.resources, -1),
         )
+
+    @property
+    def is_overdrawn(self) -> bool:
+        """True for what is left of a worker that has promised more than it has."""
+        return any(amount < 0 for _, amount in self._amounts())
+
+    def without_debts(self) -> Self:
+        """This, with 0 for what is negative."""
+        return type(self)(
+            max(self.cpus, Fraction(0)),
+            max(self.memory_bytes, 0),
+            max(self.python_slots, 0),
+            max(self.command_slots, 0),
+            {name: n for name, n in self.resources.items() if n > 0} if self.resources else _NOTHING,
+        )
+
+    def _amounts(self) -> Iterator[tuple[str, Fraction | int]]:
+        yield "cpus", self.cpus
+        yield "memory", self.memory_bytes
+        yield "python slots", self.python_slots
+        yield "command slots", self.command_slots
+        yield from self.resources.items()
 
     def lacking(self, need: Self) -> str | None:
         """The first thing of which `need` wants more than this, as a sentence part; None if it fits."""
@@ -118,7 +215,17 @@ class Capacity:
             return "no free Python slot"
         if need.command_slots > self.command_slots:
             return "no free command slot"
+        for name, wanted in need.resources.items():
+            if wanted > (there := self.resources.get(name, 0)):
+                return f"needs {wanted} {name}, there {'is' if there == 1 else 'are'} {there or 'none'}"
         return None
+
+
+def _sum(left: Mapping[str, int], right: Mapping[str, int], sign: int) -> Mapping[str, int]:
+    if not right:
+        return left
+    amounts = {name: left.get(name, 0) + sign * right.get(name, 0) for name in {**left, **right}}
+    return {name: number for name, number in amounts.items() if number}
 
 
 def format_cpus(cpus: Fraction) -> str:

@@ -36,6 +36,42 @@ class Settings:
     memory: str = _setting(
         "", "bytes", "what a worker may reserve, with suffix K, M, G, T; empty: the machine's memory"
     )
+    resources: str = _setting(
+        "", "names", "a site's own that a worker may reserve, as in `gpu=2,nuke=4`, or by their numbers `gpu=[1,3]`"
+    )
+    tags: str = _setting("", "names", "what a worker is good for, with commas: tasks can ask for it")
+    pin: bool = _setting(False, "yes/no", "bind each task to as many CPUs of the worker's as it reserves")
+    set_threads: bool = _setting(
+        False, "yes/no", "tell tasks in OMP_NUM_THREADS and its like how many threads they have CPUs for"
+    )
+    fair_share: str = _setting(
+        "auto", "yes/no/auto", "of equal priorities, who has the fewest CPUs running is next; auto: on PostgreSQL"
+    )
+    administrators: str = _setting("root", "names", "users who may do what others may not, with commas")
+    max_user_priority: int = _setting(
+        100, "priority", "shared stores: the highest priority that who is no administrator may give"
+    )
+    priority_per_hour: int = _setting(
+        0, "priority", "what a task's priority gains with each hour since its submission; the same for all users", 0
+    )
+    reserve_after_seconds: float = _setting(
+        10.0, "s", "a task that does not fit while smaller ones do gets room kept for it after so long", 0.0
+    )
+    io_hints: bool = _setting(True, "yes/no", "take the words of a command that are paths as its io_paths")
+    io_limits: str = _setting(
+        "",
+        "limits",
+        "how many tasks may use a file system at once on the farm: globs of its source, as in `nas*:*=16,/dev/sd*=4`",
+    )
+    locality_wait_seconds: float = _setting(
+        3.0, "s", "so long a task with io_paths waits for the host on which what it waited for has ended", 0.0
+    )
+    back_off_seconds: float = _setting(
+        60.0,
+        "s",
+        "so long a host does not try again what it could not start; twice as long each time, up to 16 times",
+        0.1,
+    )
     lease_seconds: float = _setting(30.0, "s", "a worker that has not renewed for this long may lose its tasks", 0.2)
     poll_seconds: float = _setting(1.0, "s", "an idle worker looks this often even if no doorbell rings", 0.01)
     kill_grace_seconds: float = _setting(5.0, "s", "between the first signal of a kill and SIGKILL", 0.0)
@@ -88,6 +124,15 @@ class Settings:
         return "aque+sqlite:///" + quote(str(file.with_name(file.stem + "-bus.db")))
 
     @property
+    def is_fair(self) -> bool:
+        """True if users share the farm: see `fair_share`."""
+        return self.is_shared if self.fair_share == "auto" else self.fair_share == "yes"
+
+    def is_administrator(self, user: str) -> bool:
+        """True for a user who may do what others may not; in a store of one person, for everybody."""
+        return not self.is_shared or user in [name.strip() for name in self.administrators.split(",")]
+
+    @property
     def is_shared(self) -> bool:
         """True for a store that several users reach (PostgreSQL)."""
         return self.broker.startswith("postgres")
@@ -134,6 +179,8 @@ def load(
         base = environ.get("XDG_STATE_HOME") or environ.get("HOME", "") + "/.local/state"
         values["state_dir"] = str(PurePosixPath(base) / "aque")
     _check_broker(values.get("broker", ""))
+    if values.get("fair_share", "auto") not in ("yes", "no", "auto"):
+        raise BadSetting(f"fair_share must be yes, no or auto, not {values['fair_share']!r}.")
     return Settings(**values)
 
 

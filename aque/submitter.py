@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from aque import doorbell
 from aque.errors import BadInput
 from aque.machine import user_name
-from aque.resources import CpuRequest, parse_memory
+from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memory, parse_resources
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, READY_STATES, State
 from aque.store import Store, again
@@ -22,6 +23,8 @@ from aque.values import NO_REDIRECTIONS, Dependency, Pattern, Redirections, Requ
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
 _OWN_VARIABLES = (b"AQUE_TASK_ID", b"AQUE_TID", b"AQUE_ATTEMPT", b"AQUE_CPUS", b"AQUE_PARENT_ID", b"AQUE_BROKER", b"_")
 
+
+_TAG = re.compile(r"!?[A-Za-z0-9_.-]{1,64}")
 
 #: See `Submitter.next_id`.
 BLOCK_SECONDS = 1.0
@@ -39,6 +42,10 @@ class Options:
     memory: str | int = 0  #: bytes, or with a suffix
     host: str = ""  #: comma-separated globs; `!glob` excludes
     platform: str = ""  #: as `sys.platform`
+    resources: str | Mapping[str, int] = ""  #: a site's own, as in {"gpu": 1} or "gpu=1"
+    limits: str | Mapping[str, int] = ""  #: tokens of farm-wide limits, as in {"nuke": 1} or "nuke=1"
+    tags: str | tuple[str, ...] = ""  #: that the worker must have; `!tag` excludes
+    requires_paths: tuple[str | bytes, ...] = ()  #: that the host must have
     duration: float = 0.0  #: expected seconds
     io_paths: tuple[str | bytes, ...] = ()
     time_limit: float | None = None  #: seconds, then it is killed
@@ -204,6 +211,10 @@ class Submitter:
             options.platform,
             self._user_of(options),
             options.interpreter,
+            _hashable(options.resources),
+            _hashable(options.limits),
+            options.tags,
+            options.requires_paths,
         )
         try:
             requirement = _requirement(*wanted)
@@ -213,7 +224,8 @@ class Submitter:
             id=task_id,
             name=_text("name", options.name or name),
             requirement=requirement,
-            priority=_integer("priority", options.priority, -(1 << 31), (1 << 31) - 1),
+            priority=self._priority(options.priority),
+            age_rank=-int(self.settings.priority_per_hour * time.time() / 3600),
             duration=_seconds("duration", options.duration),
             io_paths=_paths("io_paths", options.io_paths),
             dependencies=dependencies,
@@ -230,6 +242,16 @@ class Submitter:
             celery_id=options.celery_id,
             **fields,
         )
+
+    def _priority(self, wanted: int) -> int:
+        priority = _integer("priority", wanted, -(1 << 31), (1 << 31) - 1)
+        highest = self.settings.max_user_priority
+        if priority > highest and not self.settings.is_administrator(self._user):
+            raise BadInput(
+                f"a priority above {highest} needs an administrator (settings max_user_priority, administrators), and "
+                f"{self._user} is none. Nothing was submitted."
+            )
+        return priority
 
     def _user_of(self, options: Options) -> str:
         if options.user and options.user != self._user and os.geteuid() != 0:
@@ -262,6 +284,10 @@ def _requirement(
     platform: str,
     user: str,
     interpreter: str,
+    resources: str | tuple[tuple[str, int], ...],
+    limits: str | tuple[tuple[str, int], ...],
+    tags: str | tuple[str, ...],
+    requires_paths: tuple[str | bytes, ...],
 ) -> Requirement:
     """The requirement, read and checked; remembered, since a graph of 100,000 tasks has few different ones."""
     return Requirement(
@@ -273,7 +299,35 @@ def _requirement(
         platform=_text("platform", platform),
         user=user,
         interpreter=_text("interpreter", interpreter),
+        resources=format_amounts(parse_resources(resources if isinstance(resources, str) else dict(resources))),
+        limits=format_amounts(_limits(limits if isinstance(limits, str) else dict(limits))),
+        tags=",".join(_tags(tags)),
+        requires_paths=tuple(sorted(set(_absolute(requires_paths)))),
     )
+
+
+def _hashable(amounts: Any) -> Any:
+    return tuple(amounts.items()) if isinstance(amounts, Mapping) else amounts
+
+
+def _limits(limits: str | Mapping[str, int]) -> dict[str, int]:
+    found = parse_limits(limits)
+    if mine := [name for name in found if name.startswith("user:")]:
+        raise BadInput(f"the limit {mine[0]} is taken for every task of that user, and cannot be asked for.")
+    return found
+
+
+def _tags(tags: str | Iterable[str]) -> list[str]:
+    """Sorted, each once. Raises BadInput."""
+    words = tags.split(",") if isinstance(tags, str) else list(tags)
+    found = sorted({_text("tag", word).strip() for word in words} - {""})
+    if bad := [tag for tag in found if not _TAG.fullmatch(tag)]:
+        raise BadInput(f"a tag is letters, digits and _ . - after at most one !, not {bad[0]!r:.60}.")
+    return found
+
+
+def _absolute(paths: Iterable[str | bytes]) -> list[bytes]:
+    return [os.path.abspath(path) for path in _paths("requires_paths", paths)]
 
 
 def _environment(variables: Mapping[bytes, bytes]) -> bytes:

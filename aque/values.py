@@ -56,6 +56,11 @@ class Requirement:
     platform: str = ""  #: as `sys.platform`; empty: any
     user: str = ""  #: whose processes it runs; empty: the worker's own
     interpreter: str = ""  #: PYTHON: the program that runs it, under the worker's host; empty: the worker's own
+    resources: str = ""  #: custom resources of the worker, canonical: see `resources.parse_resources`
+    limits: str = ""  #: tokens of farm-wide limits, canonical: see `resources.parse_limits`
+    tags: str = ""  #: that the worker must have, sorted, with commas; `!` excludes
+    requires_paths: tuple[bytes, ...] = ()  #: that the host must have
+    places: tuple[bytes, ...] = ()  #: files, directories or mount points that stand for its `io_paths`, few in number
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class TaskSpec:
     name: str
     requirement: Requirement
     priority: int = 0  #: higher first
+    age_rank: int = 0  #: added to the priority: what its age is worth, see setting priority_per_hour
     duration: float = 0.0  #: expected seconds; 0: unknown
     function: str = ""  #: PYTHON: "module:qualname"
     arguments: bytes = b""  #: PYTHON: JSON of [args, kwargs]
@@ -79,6 +85,7 @@ class TaskSpec:
     environment: bytes = b""  #: NAME=VALUE, each ended by NUL; empty for PYTHON that only a pool may run
     import_path: tuple[str, ...] = ()  #: PYTHON: the submitter's, for the message when the import fails on a worker
     io_paths: tuple[bytes, ...] = ()
+    io_bytes: int = 0  #: their size, as the submitter sees it; 0: unknown
     dependencies: tuple[Dependency, ...] = ()
     job_id: int | None = None  #: None: its own job
     parent_id: int | None = None
@@ -100,9 +107,12 @@ class ReadyTask:
 
     id: int
     class_id: int
-    priority: int
+    priority: int  #: with what age adds
     duration: float
     name: str
+    ready_at: float = 0.0  #: since when, in seconds since 1970
+    job_id: int = 0
+    near_host: str = ""  #: where what it waited for has ended last; empty: it waited for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,8 @@ class ClaimedTask:
     time_limit_seconds: float | None
     soft_time_limit_seconds: float | None
     strict_lease: bool
+    duration: float  #: expected seconds; 0: unknown
+    io_bytes: int
     #: edges out of it, when it was claimed
     dependents: int
     #: results of `inputs`, as stored
@@ -185,3 +197,5 @@ class WorkerInfo:
     user: str  #: whose tasks it runs; empty: whoever's, as itself (a store of one person)
     switches_user: bool  #: it runs the tasks of other users as these
     containment: str  #: how it keeps processes together, for people
+    resources: str = ""  #: as in gpu=2,nuke=4
+    tags: tuple[str, ...] = ()

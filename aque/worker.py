@@ -20,7 +20,7 @@ from aque.events import EventQueue
 from aque.ledger import Ledger
 from aque.processes import lease_clock
 from aque.reaper import Heartbeat
-from aque.resources import Capacity, CpuRequest, parse_memory
+from aque.resources import Capacity, CpuRequest, format_amounts, parse_indices, parse_memory
 from aque.runner import Attempt, Runner
 from aque.scheduler import Scheduler
 from aque.settings import Settings
@@ -71,7 +71,16 @@ class AqueWorker:
         self.ledger = Ledger(self.whole)
         self.eventer = EventQueue(worker.app, worker.hostname)
         self.heartbeat: Heartbeat | None = None
-        place = Place(socket.gethostname(), sys.platform, self.queues, self.whole, self.user, self.switches_user)
+        self.tags = tuple(sorted({tag.strip() for tag in settings.tags.split(",")} - {""}))
+        place = Place(
+            socket.gethostname(),
+            sys.platform,
+            self.queues,
+            self.whole,
+            self.user,
+            self.switches_user,
+            tags=frozenset(self.tags),
+        )
         if strangers is not None:
             worker.pool.tell_children(commands.watch, strangers.watch)
         self.runner = Runner(
@@ -206,6 +215,8 @@ class AqueWorker:
             user=self.user,
             switches_user=self.switches_user,
             containment=self.commands.containment,
+            resources=format_amounts(self.whole.resources),
+            tags=self.tags,
         )
 
     def lost(self) -> int:
@@ -301,7 +312,9 @@ def _whole(settings: Settings, pool: Any) -> Capacity:
     if cpus <= 0:
         raise BadSetting(f"cpus must be more than 0, not {settings.cpus!r}.")
     memory = parse_memory(settings.memory) if settings.memory else machine.total_memory_bytes()
-    return Capacity(cpus, memory, pool.limit, max(FREE_COMMANDS_PER_CPU, int(FREE_COMMANDS_PER_CPU * cpus)))
+    commands = max(FREE_COMMANDS_PER_CPU, int(FREE_COMMANDS_PER_CPU * cpus))
+    resources = {name: len(numbers) for name, numbers in parse_indices(settings.resources).items()}
+    return Capacity(cpus, memory, pool.limit, commands, resources)
 
 
 def _end_worker() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from aque.chooser import Place
 from aque.machine import settings_here
-from aque.resources import Capacity
+from aque.resources import Capacity, parse_resources
 from aque.settings import Settings
 from aque.store import Store, WorkerRow, open_store
 
@@ -61,8 +61,19 @@ def open_farm() -> Iterator[Farm]:
 def place(row: WorkerRow) -> Place:
     """A registered worker as the choice sees it."""
     info = row.info
-    whole = Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots)
-    return Place(info.host, info.platform, frozenset(info.queues), whole, info.user, info.switches_user, row.draining)
+    resources = parse_resources(info.resources)
+    whole = Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots, resources)
+    return Place(
+        info.host,
+        info.platform,
+        frozenset(info.queues),
+        whole,
+        info.user,
+        info.switches_user,
+        row.draining,
+        frozenset(info.tags),
+        row.missing_paths,
+    )
 
 
 def batches(ids: Iterable[int]) -> Iterator[list[int]]:

@@ -40,6 +40,16 @@ _WHAT = [
     click.option("--memory", metavar="SIZE", default="0", help="Reserve memory: bytes, or with K, M, G or T."),
     click.option("--host", metavar="GLOBS", default="", help="Run only on hosts such as 'node*,!node7'."),
     click.option("--platform", metavar="NAME", default="", help="Run only on this platform, as Python's sys.platform."),
+    click.option(
+        "--resource", metavar="NAME=N", multiple=True, help="Reserve so many of what workers declare, such as gpu=1."
+    ),
+    click.option(
+        "--limit", metavar="NAME[=N]", multiple=True, help="Take a token (N) of a farm-wide limit: see `aque limits`."
+    ),
+    click.option(
+        "--tag", metavar="TAG", multiple=True, help="Run only on workers with this tag; '!TAG': without it. Repeatable."
+    ),
+    click.option("--requires", metavar="PATH", multiple=True, help="Run only on hosts that have this path."),
     click.option("--after", metavar="IDS", multiple=True, help="Start when these tasks have succeeded."),
     click.option("--after-any", metavar="IDS", multiple=True, help="Start when these tasks have ended, however."),
     click.option("--after-failed", metavar="IDS", multiple=True, help="Start when these tasks have not succeeded."),
@@ -107,6 +117,10 @@ def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
         memory=chosen["memory"],
         host=chosen["host"],
         platform=chosen["platform"],
+        resources=",".join(chosen["resource"]),
+        limits=",".join(chosen["limit"]),
+        tags=",".join(chosen["tag"]),
+        requires_paths=chosen["requires"],
         duration=chosen["duration"],
         io_paths=chosen["io"],
         time_limit=chosen["time_limit"],

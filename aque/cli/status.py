@@ -27,7 +27,10 @@ FIELDS = (
 )  # fmt: skip
 #: What `why` is made of.
 _NOT_STARTED = READY_STATES | UNREADY_STATES
-_FOR_WHY = ("state", "cpus", "memory", "queue", "pattern", "host", "platform", "user", "interpreter", "unmet")
+_FOR_WHY = (
+    "state", "cpus", "memory", "queue", "pattern", "host", "platform", "user", "interpreter", "resources", "limits", "tags",
+    "requires_paths", "unmet",
+)  # fmt: skip
 _TABLE = (
     "id", "state", "reason", "exit_code", "signal", "cpus", "memory", "worker", "submitted_at", "started_at",
     "finished_at", "name",
@@ -118,6 +121,10 @@ def why(row: dict[str, Any], places: Sequence[Place]) -> str | None:
             row["platform"],
             row["user"],
             row["interpreter"],
+            row["resources"],
+            row["limits"],
+            row["tags"],
+            row["requires_paths"],
         )
         return why_nowhere(requirement, places)
     return None

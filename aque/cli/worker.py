@@ -7,12 +7,20 @@ import click
 from aque import reload, restart
 from aque.cli.farm import open_farm
 from aque.errors import BadInput
-from aque.resources import parse_memory
+from aque.resources import parse_indices, parse_memory
 
 
 @click.command(name="worker", context_settings={"allow_interspersed_args": False})
 @click.option("--cpus", metavar="N", help="CPUs that tasks may reserve; else those that this process may use.")
 @click.option("--memory", metavar="SIZE", help="Memory that tasks may reserve, with K, M, G, T; else the machine's.")
+@click.option(
+    "--resource",
+    metavar="NAME=N",
+    multiple=True,
+    help="What tasks may reserve besides: gpu=2, or by their numbers 'gpu=[1,3]'. Repeatable.",
+)
+@click.option("--tag", metavar="TAG", multiple=True, help="What this worker is good for: tasks can ask for it.")
+@click.option("--pin", is_flag=True, help="Bind each task to as many CPUs as it reserves.")
 @click.option("-Q", "--queues", metavar="NAMES", help="The queues to serve, with commas; else the default queue.")
 @click.option(
     "-c", "--concurrency", metavar="N", type=click.IntRange(min=1), help="Python tasks at once; else the CPUs."
@@ -39,6 +47,8 @@ def command(celery_args: tuple[str, ...], **chosen: Any) -> int:
     _check_cpus(chosen["cpus"])
     if chosen["memory"] is not None:
         parse_memory(chosen["memory"])
+    resources = ",".join(chosen["resource"])
+    parse_indices(resources)
     queues = [name.strip() for name in (chosen["queues"] or "").split(",") if name.strip()]
     if chosen["reload"]:
         reload.require()
@@ -50,6 +60,9 @@ def command(celery_args: tuple[str, ...], **chosen: Any) -> int:
     return run_worker(
         cpus=chosen["cpus"],
         memory=chosen["memory"],
+        resources=resources or None,
+        tags=",".join(chosen["tag"]) or None,
+        pin=chosen["pin"],
         queues=queues or None,
         concurrency=chosen["concurrency"],
         name=chosen["name"],

@@ -7,6 +7,8 @@ Every write by a worker carries its claim, (task, attempt, token): a worker that
 import hashlib
 import json
 import math
+import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -127,6 +129,8 @@ class WorkerRow:
     expired_seconds: float
     unseen_seconds: float
     draining: bool  #: claims nothing, as a person asked
+    missing_paths: Mapping[bytes, str]  #: that tasks require and its host does not have -> why not
+    avoids: tuple[str, ...]  #: what it does not claim for a while, as sentences
 
     @property
     def is_live(self) -> bool:
@@ -174,6 +178,7 @@ class Store:
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
         self.dialect = engine.dialect.name
+        self.host = socket.gethostname()
         self._requirement_ids: dict[Requirement, int] = {}
         self._requirements: dict[int, Requirement] = {}
         self._environment_ids: set[str] = set()
@@ -295,9 +300,12 @@ class Store:
             str(start.state),
             None if is_group else self._requirement_ids[spec.requirement],
             spec.priority,
+            spec.priority + spec.age_rank,
             spec.duration,
+            spec.io_bytes,
             start.unmet,
             dependents,
+            0,
             0,
             0,
             0,
@@ -314,6 +322,7 @@ class Store:
             spec.celery_id,
             None if reason is None else str(reason),
             now,
+            now if start.state is State.READY else None,
             now if start.state in COMPLETE_STATES else None,
         )
 
@@ -353,16 +362,7 @@ class Store:
         wanted = list(ids)
         if unknown := [i for i in wanted if i not in self._requirements]:
             for row in connection.execute(sql.requirements(self.dialect), {"ids": unknown}):
-                self._requirements[row.id] = Requirement(
-                    row.queue,
-                    Pattern(row.pattern),
-                    row.cpus,
-                    row.memory_bytes,
-                    row.host,
-                    row.platform,
-                    row.user,
-                    row.interpreter,
-                )
+                self._requirements[row.id] = _requirement(row)
         return {i: self._requirements[i] for i in wanted}
 
     def candidates(self, connection: sa.Connection, unfit: Iterable[int], limit: int) -> dict[int, list[ReadyTask]]:
@@ -370,7 +370,7 @@ class Store:
         parameters = {"unfit": list(unfit), "limit": limit}
         by_class: dict[int, list[ReadyTask]] = {}
         for row in connection.execute(sql.candidates(self.dialect), parameters):
-            by_class.setdefault(row.requirement_id, []).append(ReadyTask(*row))
+            by_class.setdefault(row.requirement_id, []).append(_ready(row))
         for ready in by_class.values():  # the join gives them in no promised order
             ready.sort(key=lambda t: (-t.priority, -t.duration, t.id))
         return by_class
@@ -520,7 +520,7 @@ class Store:
             groups = []
             for row, _ in counted:
                 if row.unmet == 0 and row.state == State.READY:
-                    result.ready.append(ReadyTask(row.id, row.requirement_id, row.priority, row.duration, row.name))
+                    result.ready.append(_ready(row))
                 elif row.unmet == 0 and row.state == State.PENDING:
                     groups.append(row.id)
             if groups:
@@ -532,13 +532,14 @@ class Store:
     def _count_down(self, connection: sa.Connection, ended: dict[str, list[int]]) -> list[tuple[Any, int]]:
         """Satisfy what these completions (`ids`, `succeeded`) satisfy: each dependent as it now is, and how many edges of it
         that were."""
+        released = {"released_at": self._wall(connection, time.monotonic()), "released_on": self.host}
         if self.dialect == "postgresql":
-            return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), ended)]
+            return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), ended | released)]
         met = Counter(connection.execute(sql.satisfy(), ended).scalars())
         if not met:
             return []
         counts = json.dumps([{"id": i, "n": n} for i, n in sorted(met.items())])
-        return [(row, met[row.id]) for row in connection.execute(sql.count_down(), {"rows": counts})]
+        return [(row, met[row.id]) for row in connection.execute(sql.count_down(), {"rows": counts, **released})]
 
     def _keep_attempts(
         self, connection: sa.Connection, ids: Sequence[int], state: State | str, reason: Reason | None
@@ -703,8 +704,11 @@ class Store:
             {
                 **row,
                 "queues": json.dumps(info.queues),
+                "tags": json.dumps(info.tags),
                 "state": "live",
                 "draining": draining,
+                "missing_paths": "{}",
+                "avoids": "[]",
                 "lease": info.lease_seconds,
             },
         )
@@ -726,7 +730,11 @@ class Store:
     def describe(self, connection: sa.Connection, info: WorkerInfo) -> None:
         """A worker that has restarted goes on under its id: write what has changed about it."""
         row: dict[str, Any] = {f"new_{name}": getattr(info, name) for name in sql.DESCRIBED}
-        row |= {"new_queues": json.dumps(info.queues), "which_worker": info.id}
+        row |= {
+            "new_queues": json.dumps(info.queues),
+            "new_tags": json.dumps(info.tags),
+            "which_worker": info.id,
+        }
         connection.execute(sql.describe_worker(), row)
 
     def unregister(self, connection: sa.Connection, worker_id: int) -> None:
@@ -797,6 +805,9 @@ class Store:
             for name in ("submitted_at", "started_at", "finished_at"):
                 if found.get(name) is not None:
                     found[name] = datetime.fromtimestamp(found[name], UTC)
+            for name in ("requires_paths", "places"):
+                if found.get(name) is not None:
+                    found[name] = _split(found[name])
             found["depends_on"] = upstream.get(row.id, [])
             yield {name: found[name] for name in wanted}
 
@@ -902,9 +913,9 @@ class Store:
 
 
 _TASK_COLUMNS = (
-    "id", "state", "requirement_id", "priority", "duration", "unmet", "dependents", "attempt", "failed", "lost", "max_attempts",
-    "requeue", "truncated", "name", "pattern", "job_id", "layer", "parent_id", "seq", "submitter", "celery_id", "reason",
-    "submitted_at", "finished_at",
+    "id", "state", "requirement_id", "priority", "rank", "duration", "io_bytes", "unmet", "dependents", "attempt", "failed",
+    "lost", "tokens", "max_attempts", "requeue", "truncated", "name", "pattern", "job_id", "layer", "parent_id", "seq",
+    "submitter", "celery_id", "reason", "submitted_at", "ready_at", "finished_at",
 )  # fmt: skip
 _PAYLOAD_COLUMNS = (
     "task_id", "function", "arguments", "inputs", "argv", "stdin", "stdin_path", "stdout_path", "stderr_path", "login",
@@ -922,7 +933,34 @@ def _check_known(wanted: Iterable[int], found: Collection[int]) -> None:
 
 
 def _requirement_key(requirement: Requirement) -> dict[str, Any]:
-    return {name: getattr(requirement, name) for name in Requirement.__slots__} | {"pattern": str(requirement.pattern)}
+    """Its columns, with the digest that says whether two are equal."""
+    key: dict[str, Any] = {name: getattr(requirement, name) for name in Requirement.__slots__}
+    key["pattern"] = str(requirement.pattern)
+    for name in ("requires_paths", "places"):
+        key[name] = _join(key[name])
+    text = "\0".join(f"{name}={value!r}" for name, value in sorted(key.items()))
+    return key | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _requirement(row: Any) -> Requirement:
+    columns = {name: getattr(row, name) for name in Requirement.__slots__}
+    columns["pattern"] = Pattern(row.pattern)
+    for name in ("requires_paths", "places"):
+        columns[name] = _split(columns[name])
+    return Requirement(**columns)
+
+
+def _ready(row: Any) -> ReadyTask:
+    return ReadyTask(
+        row.id,
+        row.requirement_id,
+        row.rank,
+        row.duration,
+        row.name,
+        row.ready_at or 0.0,
+        row.job_id,
+        row.near_host or "",
+    )
 
 
 @lru_cache(maxsize=16)
@@ -986,6 +1024,8 @@ def _claimed(row: Any, token: int) -> ClaimedTask:
         time_limit_seconds=row.time_limit_seconds,
         soft_time_limit_seconds=row.soft_time_limit_seconds,
         strict_lease=row.strict_lease,
+        duration=row.duration,
+        io_bytes=row.io_bytes,
         dependents=row.dependents,
     )
 
@@ -997,6 +1037,7 @@ def _bytes(value: Any) -> bytes | None:
 def _worker(row: Any) -> WorkerRow:
     info = {name: getattr(row, name) for name in WorkerInfo.__slots__}
     info["queues"] = tuple(json.loads(row.queues))
+    info["tags"] = tuple(json.loads(row.tags))
     return WorkerRow(
         WorkerInfo(**info),
         row.state,
@@ -1006,6 +1047,8 @@ def _worker(row: Any) -> WorkerRow:
         row.expired,
         row.unseen,
         row.draining,
+        {os.fsencode(path): why for path, why in json.loads(row.missing_paths).items()},
+        tuple(json.loads(row.avoids)),
     )
 
 

@@ -1,5 +1,7 @@
 """The tables. Times are seconds since 1970, UTC; `id` is a bigint from one sequence for tasks, jobs and workers alike."""
 
+from typing import Any
+
 import sqlalchemy as sa
 
 metadata = sa.MetaData(
@@ -12,6 +14,17 @@ metadata = sa.MetaData(
 
 #: SQLite gives only INTEGER PRIMARY KEY the table's own key; a BIGINT one would be a second index.
 Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+
+def _usage() -> list[sa.Column[Any]]:
+    """What an attempt has used; null: not measured."""
+    return [
+        sa.Column("cpu_seconds", sa.Double, comment="of all its processes"),
+        sa.Column("max_rss_bytes", sa.BigInteger, comment="of the largest of its processes"),
+        sa.Column("read_bytes", sa.BigInteger, comment="from disks and servers, not from the page cache"),
+        sa.Column("written_bytes", sa.BigInteger),
+    ]
+
 
 sequence = sa.Table(
     "aque_sequence",
@@ -33,17 +46,13 @@ requirement = sa.Table(
     sa.Column("platform", sa.Text, nullable=False),
     sa.Column("user", sa.Text, nullable=False, comment="whose processes it runs; empty: the worker's own"),
     sa.Column("interpreter", sa.Text, nullable=False, comment="of a Python task; empty: the worker's own"),
-    sa.UniqueConstraint(
-        "queue",
-        "pattern",
-        "cpus",
-        "memory_bytes",
-        "host",
-        "platform",
-        "user",
-        "interpreter",
-        name="uq_aque_requirement",
-    ),
+    sa.Column("resources", sa.Text, nullable=False, comment="as in gpu=1,nuke=2"),
+    sa.Column("limits", sa.Text, nullable=False, comment="tokens of farm-wide limits, as in nuke=1"),
+    sa.Column("tags", sa.Text, nullable=False, comment="that the worker must have, with commas; ! excludes"),
+    sa.Column("requires_paths", sa.LargeBinary, nullable=False, comment="that the host must have, each ended by NUL"),
+    sa.Column("places", sa.LargeBinary, nullable=False, comment="where its files are, each ended by NUL"),
+    sa.Column("digest", sa.Text, nullable=False, comment="of all of it: equal requirements have one row"),
+    sa.UniqueConstraint("digest", name="uq_aque_requirement"),
     comment="one row per distinct requirement: a worker decides in Python which of them fit",
 )
 
@@ -54,7 +63,9 @@ task = sa.Table(
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("requirement_id", Id, nullable=True, comment="null for a group: it needs no worker"),
     sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("rank", sa.BigInteger, nullable=False, comment="the priority by which it is chosen: with what age adds"),
     sa.Column("duration", sa.Double, nullable=False, comment="expected seconds; 0: unknown"),
+    sa.Column("io_bytes", sa.BigInteger, nullable=False, comment="size of its io_paths; 0: unknown"),
     sa.Column("unmet", sa.Integer, nullable=False, comment="dependencies left"),
     sa.Column("dependents", sa.Integer, nullable=False, comment="edges out of it; 0: its end concerns nobody"),
     sa.Column("attempt", sa.Integer, nullable=False, comment="0 before the first"),
@@ -64,6 +75,7 @@ task = sa.Table(
     sa.Column("requeue", sa.Boolean, nullable=False, comment="false: a lost attempt is the last"),
     sa.Column("worker_id", Id, comment="of the latest attempt"),
     sa.Column("token", sa.BigInteger, comment="of the claim; null unless active"),
+    sa.Column("tokens", sa.Integer, nullable=False, comment="of farm-wide limits, which its claim holds"),
     sa.Column("kill_signal", sa.Integer, comment="a kill that its worker has not carried out yet"),
     sa.Column("kill_grace", sa.Double, comment="of that kill, in seconds; null: the worker's setting"),
     sa.Column("name", sa.Text, nullable=False),
@@ -80,8 +92,11 @@ task = sa.Table(
     sa.Column("signal", sa.Integer),
     sa.Column("truncated", sa.Boolean, nullable=False, comment="output of the latest attempt was cut"),
     sa.Column("submitted_at", sa.Double, nullable=False),
+    sa.Column("ready_at", sa.Double, comment="since when it may be claimed"),
+    sa.Column("near_host", sa.Text, comment="where what it waited for has ended last"),
     sa.Column("started_at", sa.Double),
     sa.Column("finished_at", sa.Double),
+    *_usage(),
     postgresql_with={"fillfactor": 85},
 )
 _ready = task.c.state == sa.literal_column("'ready'")
@@ -90,7 +105,7 @@ _member = task.c.job_id != task.c.id
 sa.Index(
     "ix_aque_task_ready",
     task.c.requirement_id,
-    task.c.priority.desc(),
+    task.c.rank.desc(),
     task.c.duration.desc(),
     task.c.id,
     postgresql_where=_ready,
@@ -168,6 +183,7 @@ attempt = sa.Table(
     sa.Column("signal", sa.Integer),
     sa.Column("started_at", sa.Double),
     sa.Column("finished_at", sa.Double),
+    *_usage(),
     comment="attempts that another one followed; the latest is in the task's own row",
 )
 
@@ -208,4 +224,60 @@ worker = sa.Table(
     sa.Column("switches_user", sa.Boolean, nullable=False, comment="it runs the tasks of other users as these"),
     sa.Column("containment", sa.Text, nullable=False, comment="how it keeps processes together"),
     sa.Column("draining", sa.Boolean, nullable=False, comment="claims nothing, as a person asked"),
+    sa.Column("resources", sa.Text, nullable=False, comment="as in gpu=2,nuke=4"),
+    sa.Column("tags", sa.Text, nullable=False, comment="JSON list"),
+    sa.Column("missing_paths", sa.Text, nullable=False, comment="JSON object: a path that tasks require -> why not"),
+    sa.Column("avoids", sa.Text, nullable=False, comment="JSON list: what it does not claim for a while, and why"),
+)
+
+limit = sa.Table(
+    "aque_limit",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("capacity", sa.Integer, nullable=False),
+    comment="farm-wide limits: of each name no more tokens are held than this",
+)
+
+token = sa.Table(
+    "aque_token",
+    metadata,
+    sa.Column("limit_name", sa.Text, primary_key=True),
+    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("task_id", Id, comment="that holds it; null: free"),
+    comment="a row for each token of a limit, so that many workers take some at once without waiting for each other",
+    postgresql_with={"fillfactor": 70},
+)
+_held = token.c.task_id.is_not(None)
+sa.Index("ix_aque_token_task", token.c.task_id, postgresql_where=_held, sqlite_where=_held)
+
+reservation = sa.Table(
+    "aque_reservation",
+    metadata,
+    sa.Column("task_id", Id, primary_key=True, autoincrement=False),
+    sa.Column("worker_id", Id, nullable=False, unique=True),
+    sa.Column("until", sa.Double, nullable=False, comment="on the lease clock, see engine.lease_clock"),
+    comment="large tasks for which a worker keeps room: one worker for a task, one task for a worker",
+)
+
+run_time = sa.Table(
+    "aque_run_time",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True, comment="of tasks; empty: all"),
+    sa.Column("runs", sa.BigInteger, nullable=False),
+    sa.Column("seconds", sa.Double, nullable=False, comment="moving average of successful runs"),
+    sa.Column("io_bytes", sa.Double, comment="moving average of the size of their io_paths; null: unknown"),
+    sa.Column("updated_at", sa.Double, nullable=False),
+    comment="how long tasks have run, by name",
+)
+
+refusal = sa.Table(
+    "aque_refusal",
+    metadata,
+    sa.Column("task_id", Id, primary_key=True, autoincrement=False),
+    sa.Column("host", sa.Text, primary_key=True),
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("refused_at", sa.Double, nullable=False),
+    comment="hosts on which a task could not be started, through no fault of its own",
 )

@@ -40,11 +40,15 @@ def candidates(dialect: str) -> Statement:
         task,
         task.c.requirement_id,
         is_state(State.READY),
-        (task.c.priority.desc(), task.c.duration.desc(), task.c.id),
+        (task.c.rank.desc(), task.c.duration.desc(), task.c.id),
         "limit",
     ).subquery("first_rows")
     columns = wanted.c
-    return sa.select(columns.id, columns.requirement_id, columns.priority, columns.duration, columns.name)
+    return sa.select(*(columns[name] for name in READY_COLUMNS))
+
+
+#: The fields of a `values.ReadyTask`, in their order.
+READY_COLUMNS = ("id", "requirement_id", "rank", "duration", "name", "ready_at", "job_id", "near_host")
 
 
 def _claim(dialect: str) -> Any:
@@ -98,6 +102,8 @@ _CLAIMED = (
     task.c.job_id,
     task.c.celery_id,
     task.c.max_attempts,
+    task.c.duration,
+    task.c.io_bytes,
     task.c.dependents,
 )
 _PAYLOAD = (

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
 from aque.store.engine import closure, one_of, row_set, wall_clock
+from aque.store.statements.claims import READY_COLUMNS
 from aque.store.statements.common import (
     ON_WORKER,
     Statement,
@@ -159,7 +160,7 @@ def _satisfy(dialect: str) -> Any:
     )
 
 
-_COUNTED = (task.c.id, task.c.state, task.c.unmet, task.c.requirement_id, task.c.priority, task.c.duration, task.c.name)
+_COUNTED = (task.c.state, task.c.unmet, *(task.c[name] for name in READY_COLUMNS))
 
 
 def _count_down(met: Any) -> Any:
@@ -171,7 +172,12 @@ def _count_down(met: Any) -> Any:
     return (
         sa.update(task)
         .where(task.c.id == locked.c.id, met.c.id == locked.c.id)
-        .values(unmet=left, state=sa.case((released, State.READY.value), else_=task.c.state))
+        .values(
+            unmet=left,
+            state=sa.case((released, State.READY.value), else_=task.c.state),
+            ready_at=sa.case((released, sa.bindparam("released_at", type_=sa.Double)), else_=task.c.ready_at),
+            near_host=sa.case((released, sa.bindparam("released_on", type_=sa.Text)), else_=task.c.near_host),
+        )
     )
 
 

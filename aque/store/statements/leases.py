@@ -47,7 +47,7 @@ def set_queues() -> Statement:
 #: Of a worker, what a restart can change.
 DESCRIBED = (
     "name", "cpus", "memory_bytes", "python_slots", "command_slots", "queues", "version", "lease_seconds", "user",
-    "switches_user", "containment",
+    "switches_user", "containment", "resources", "tags",
 )  # fmt: skip
 
 

@@ -30,6 +30,11 @@ FIELDS: dict[str, sa.ColumnElement[Any]] = {
     "platform": requirement.c.platform,
     "user": requirement.c.user,
     "interpreter": requirement.c.interpreter,
+    "resources": requirement.c.resources,
+    "limits": requirement.c.limits,
+    "tags": requirement.c.tags,
+    "requires_paths": requirement.c.requires_paths,
+    "places": requirement.c.places,
     "pattern": task.c.pattern,
     "layer": task.c.layer,
     "seq": task.c.seq,
@@ -42,11 +47,32 @@ FIELDS: dict[str, sa.ColumnElement[Any]] = {
     "celery_id": task.c.celery_id,
     "submitter": task.c.submitter,
     "submitted_at": task.c.submitted_at,
+    "ready_at": task.c.ready_at,
     "started_at": task.c.started_at,
     "finished_at": task.c.finished_at,
+    "io_bytes": task.c.io_bytes,
+    "cpu_seconds": task.c.cpu_seconds,
+    "max_rss_bytes": task.c.max_rss_bytes,
+    "read_bytes": task.c.read_bytes,
+    "written_bytes": task.c.written_bytes,
 }
 WORKER_FIELDS = frozenset({"worker"})
-REQUIREMENT_FIELDS = frozenset({"cpus", "memory", "queue", "host", "platform", "user", "interpreter"})
+REQUIREMENT_FIELDS = frozenset(
+    {
+        "cpus",
+        "memory",
+        "queue",
+        "host",
+        "platform",
+        "user",
+        "interpreter",
+        "resources",
+        "limits",
+        "tags",
+        "requires_paths",
+    }
+    | {"places"}
+)
 
 
 def tasks(fields: tuple[str, ...], where: dict[str, Any], newest: int | None = None) -> sa.Select[Any]:

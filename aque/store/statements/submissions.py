@@ -35,8 +35,7 @@ def add_requirement(dialect: str) -> Statement:
 
 @cache
 def find_requirement() -> Statement:
-    names = ("queue", "pattern", "cpus", "memory_bytes", "host", "platform", "user", "interpreter")
-    return sa.select(requirement.c.id).where(*[requirement.c[n] == sa.bindparam(n) for n in names])
+    return sa.select(requirement.c.id).where(requirement.c.digest == sa.bindparam("digest"))
 
 
 @cache
