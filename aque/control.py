@@ -1,11 +1,11 @@
-"""What people ask of tasks and workers: kill, drain. The row first, so that it holds while workers are down; then the ring."""
+"""What people ask of tasks, workers and limits. The row first, so that it holds while workers are down; then the ring."""
 
 from collections.abc import Iterable
 from signal import Signals, valid_signals
 
 from aque import doorbell
 from aque.errors import BadInput
-from aque.store import Killed, Store, again
+from aque.store import Killed, LimitRow, Store, again
 
 
 class _Undone(Exception):
@@ -79,6 +79,38 @@ def drain(store: Store, names: Iterable[str], wanted: bool) -> list[int]:
     with store.connect() as connection:
         doorbell.ring(connection, {doorbell.KILL, doorbell.READY})
     return changed
+
+
+def set_limit(store: Store, name: str, capacity: int) -> LimitRow:
+    """Let the tasks of the farm hold at most `capacity` tokens of this limit together; how that limit now stands. Raises
+    BadInput, and then nothing was changed."""
+
+    def work() -> LimitRow:
+        with store.begin() as connection:
+            store.limits.set(connection, name, capacity)
+            (row,) = [row for row in store.limits.rows(connection) if row.name == name]
+            return row
+
+    row = again(work)
+    _ring_ready(store)
+    return row
+
+
+def remove_limit(store: Store, name: str) -> None:
+    """Let nothing bound the tasks that ask for this limit. Raises BadInput if there is none."""
+
+    def work() -> bool:
+        with store.begin() as connection:
+            return store.limits.remove(connection, name)
+
+    if not again(work):
+        raise BadInput(f"there is no limit {name!r}. Nothing was changed: `aque limits` lists those there are.")
+    _ring_ready(store)
+
+
+def _ring_ready(store: Store) -> None:
+    with store.connect() as connection:
+        doorbell.ring(connection, {doorbell.READY})
 
 
 def parse_signal(text: str | int) -> int:

@@ -26,6 +26,7 @@ def finish(store: Store, connection: Any, outcomes: Sequence[Outcome], max_lost:
         whole.ready += written.ready
         whole.skipped += written.skipped
         whole.groups |= written.groups
+        whole.freed = whole.freed or written.freed
         whole.ended |= written.ended
         whole.repeated += written.repeated
         whole.refused += written.refused

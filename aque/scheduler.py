@@ -576,7 +576,7 @@ class Scheduler:
         rings = set()
         if finished.ended or finished.skipped or finished.groups:
             rings.add(doorbell.DONE)
-        if returned or finished.repeated or any(task.id not in got for task in finished.ready):
+        if returned or finished.repeated or finished.freed or any(task.id not in got for task in finished.ready):
             rings.add(doorbell.READY)
             self._look_ready = True
         try:

@@ -26,6 +26,8 @@ _OWN_VARIABLES = (b"AQUE_TASK_ID", b"AQUE_TID", b"AQUE_ATTEMPT", b"AQUE_CPUS", b
 
 _TAG = re.compile(r"!?[A-Za-z0-9_.-]{1,64}")
 
+#: So long a reading of the farm's limits is good enough to say that a task is within them.
+LIMITS_SECONDS = 5.0
 #: See `Submitter.next_id`.
 BLOCK_SECONDS = 1.0
 LARGEST_BLOCK = 64
@@ -74,6 +76,8 @@ class Submitter:
         self._ids: list[int] = []
         self._block = 1
         self._reserved_at = 0.0
+        self._limits: dict[str, int] = {}
+        self._limits_read_at = -math.inf
 
     def reserve(self, count: int) -> list[int]:
         """Ids for tasks that are submitted later."""
@@ -99,6 +103,8 @@ class Submitter:
 
     def submit(self, specs: Sequence[TaskSpec]) -> dict[int, State]:
         """All of these tasks or, with an error, none. Their first states."""
+        if limited := {spec.requirement.limits for spec in specs if spec.requirement.limits}:
+            self._check_limits([parse_limits(limits) for limits in limited])
 
         def work() -> dict[int, State]:
             with self.store.connect() as connection:
@@ -116,6 +122,17 @@ class Submitter:
             with self.store.connect() as connection:
                 doorbell.ring(connection, rung)
         return states
+
+    def _check_limits(self, wanted: Sequence[Mapping[str, int]]) -> None:
+        """Raise BadInput if a task could not start as the farm's limits are: by limits that have just been read."""
+        is_fresh = time.monotonic() - self._limits_read_at < LIMITS_SECONDS
+        if is_fresh and _beyond(wanted, self._limits) is None:
+            return
+        with self.store.connect() as connection:
+            self._limits = self.store.limits.capacities(connection)
+        self._limits_read_at = time.monotonic()
+        if why_not := _beyond(wanted, self._limits):
+            raise BadInput(why_not)
 
     def command(
         self,
@@ -315,6 +332,22 @@ def _limits(limits: str | Mapping[str, int]) -> dict[str, int]:
     if mine := [name for name in found if name.startswith("user:")]:
         raise BadInput(f"the limit {mine[0]} is taken for every task of that user, and cannot be asked for.")
     return found
+
+
+def _beyond(wanted: Iterable[Mapping[str, int]], capacities: Mapping[str, int]) -> str | None:
+    """What is wrong with the first of these that cannot be had of limits with these capacities; None if all can."""
+    for name, n in sorted((name, n) for limits in wanted for name, n in limits.items()):
+        if name not in capacities:
+            return (
+                f"there is no limit {name!r}. Nothing was submitted: `aque limits set {name} N` makes it, and `aque limits` "
+                "lists those there are."
+            )
+        if n > capacities[name]:
+            return (
+                f"a task wants {n} of the limit {name!r}, which is {capacities[name]}. Nothing was submitted: "
+                f"`aque limits set {name} {n}` raises it."
+            )
+    return None
 
 
 def _tags(tags: str | Iterable[str]) -> list[str]:

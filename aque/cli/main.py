@@ -32,6 +32,7 @@ VERBS = {
     },
     "Change": {
         "kill": "end tasks, or withdraw them before they start",
+        "limits": "bound how many tasks of the farm use something at once",
     },
     "Set up": {
         "worker": "run tasks on this machine",

@@ -9,6 +9,7 @@ from aque.store.engine import (
     one_statement,
     transaction,
 )
+from aque.store.limits import LimitRow
 from aque.store.store import (
     Finding,
     Finished,
@@ -29,6 +30,7 @@ __all__ = [
     "Finished",
     "Kill",
     "Killed",
+    "LimitRow",
     "Orders",
     "Released",
     "Store",

@@ -31,7 +31,8 @@ from aque.settings import Settings
 from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
 from aque.store import schema
 from aque.store import statements as sql
-from aque.store.engine import copy_rows, open_engine, reachable, transaction, why_not_personal
+from aque.store.engine import copy_rows, inside_transaction, open_engine, reachable, transaction, why_not_personal
+from aque.store.limits import Limits
 from aque.store.reservations import Reservations
 from aque.store.tables import edge, payload, task
 from aque.values import (
@@ -63,6 +64,7 @@ class Released:
     ready: list[ReadyTask] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     groups: dict[int, State] = field(default_factory=dict)  #: groups that ended with their last member
+    freed: bool = False  #: tokens of limits, for which others may wait
 
 
 @dataclass(slots=True)
@@ -159,10 +161,10 @@ class WorkerRow:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A broken invariant and the tasks (or workers) that break it."""
+    """A broken invariant and the tasks (or workers, or names of limits) that break it."""
 
     rule: str
-    ids: tuple[int, ...]
+    ids: tuple[int | str, ...]
 
 
 def unchecked_store(settings: Settings) -> "Store":
@@ -197,6 +199,7 @@ class Store:
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
         self.dialect = engine.dialect.name
+        self.limits = Limits(self.dialect)
         self.host = socket.gethostname()
         self.reservations = Reservations(self.dialect)
         self._requirement_ids: dict[Requirement, int] = {}
@@ -400,14 +403,54 @@ class Store:
         return by_class
 
     def claim(
-        self, connection: sa.Connection, ids: Sequence[int], worker_id: int, token: int, state: State
+        self,
+        connection: sa.Connection,
+        ids: Sequence[int],
+        worker_id: int,
+        token: int,
+        state: State,
+        *,
+        limits: Mapping[int, Mapping[str, int]] | None = None,
     ) -> list[ClaimedTask]:
-        """Give those of `ids` that are still ready to the worker, in the order of `ids`. Others may have been faster."""
+        """Give those of `ids` that are still ready to the worker, in the order of `ids`. Others may have been faster.
+
+        `limits` says what of them must hold which tokens of farm-wide limits (task -> name -> how many): it is left ready if
+        they are not to be had. All in one transaction, the caller's if there is one.
+        """
+        wanted = {i: limits[i] for i in ids if limits.get(i)} if limits else {}
+        if not wanted:
+            return self._claim(connection, ids, worker_id, token, state, {})
+        with inside_transaction(connection):
+            # Tokens first: where they are short, nobody's rows are locked for nothing.
+            taken = self.limits.take(connection, wanted)
+            ids = [i for i in ids if i not in wanted or i in taken]
+            held = {i: len(tokens) for i, tokens in taken.items() if tokens}
+            claimed = self._claim(connection, ids, worker_id, token, state, held)
+            got = {task.id for task in claimed}
+            self.limits.undo(connection, [held for i, tokens in taken.items() if i not in got for held in tokens])
+        return claimed
+
+    def _claim(
+        self,
+        connection: sa.Connection,
+        ids: Sequence[int],
+        worker_id: int,
+        token: int,
+        state: State,
+        held: Mapping[int, int],
+    ) -> list[ClaimedTask]:
         if not ids:
             return []
-        parameters = {"ids": list(ids), "to_worker": worker_id, "new_token": token, "to_state": str(state)}
+        parameters: dict[str, Any] = {
+            "ids": list(ids),
+            "to_worker": worker_id,
+            "new_token": token,
+            "to_state": str(state),
+        }
         parameters["starts_at"] = self._wall(connection, time.monotonic()) if state is State.RUNNING else None
-        rows = connection.execute(sql.claim(self.dialect), parameters).all()
+        if held:
+            parameters["held"] = json.dumps([{"id": i, "n": n} for i, n in held.items()])
+        rows = connection.execute(sql.claim(self.dialect, bool(held)), parameters).all()
         if self.dialect == "sqlite" and rows:
             moved = [row.id for row in rows]
             rows = connection.execute(sql.claimed_tasks(self.dialect), {"ids": moved}).all()
@@ -454,10 +497,16 @@ class Store:
         rows = [{"id": i, "token": token} for i, token in claims]
         if not rows:
             return []
-        returned = [row.id for row in connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)})]
+        moved = connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)}).all()
+        returned = [row.id for row in moved]
         if returned:
             self._keep_attempts(connection, returned, "given back", None)
+            self._free_tokens(connection, moved)
         return returned
+
+    def _free_tokens(self, connection: sa.Connection, moved: Iterable[Any]) -> bool:
+        """Free what tasks (rows of id, tokens) hold that this transaction has taken from their worker; True if anything."""
+        return self.limits.give_back(connection, [row.id for row in moved if row.tokens])
 
     # -- finish and release -------------------------------------------------------------------------------------------
 
@@ -501,6 +550,7 @@ class Store:
             released.ready,
             released.skipped,
             released.groups,
+            self._free_tokens(connection, written),
             ended,
             repeated,
             [o.id for o in outcomes if o.id not in moved],
@@ -636,6 +686,7 @@ class Store:
             released.ready,
             released.skipped,
             released.groups,
+            released.freed,
             ended,
             requested,
             spared,
@@ -804,7 +855,9 @@ class Store:
         if ran := [item.id for item in held if item.state == State.RUNNING and item.id in again]:
             self._keep_attempts(connection, ran, "lost", Reason.WORKER_LOST)
         moved = connection.execute(sql.lose(self.dialect), {"rows": json.dumps(rows)}).all()
-        return self.release(connection, moved)
+        released = self.release(connection, moved)
+        released.freed = self._free_tokens(connection, moved)
+        return released
 
     # -- questions ----------------------------------------------------------------------------------------------------
 

@@ -51,8 +51,11 @@ def candidates(dialect: str) -> Statement:
 READY_COLUMNS = ("id", "requirement_id", "rank", "duration", "name", "ready_at", "job_id", "near_host")
 
 
-def _claim(dialect: str) -> Any:
-    """Give the ready tasks among `ids` to `to_worker` in `to_state` (claimed or running). Others may have been faster."""
+def _claim(dialect: str, with_tokens: bool) -> Any:
+    """Give the ready tasks among `ids` to `to_worker` in `to_state` (claimed or running). Others may have been faster.
+
+    `with_tokens`: of these tasks some hold tokens of limits (`held`: id, n).
+    """
     # A CTE, not a subquery: PostgreSQL may run a subquery again and lock other rows.
     # A worker that has been declared lost or is drained claims nothing: its row is held until this has committed.
     me = (
@@ -71,6 +74,11 @@ def _claim(dialect: str) -> Any:
         .with_for_update(skip_locked=True, of=task)
         .cte("picked")
     )
+    values: dict[str, Any] = {}
+    if with_tokens:
+        held = row_set(dialect, "held", id=sa.BigInteger(), n=sa.Integer())
+        n = sa.select(held.c.n).where(held.c.id == task.c.id).scalar_subquery()
+        values["tokens"] = sa.func.coalesce(n, 0)
     return (
         sa.update(task)
         .where(task.c.id == picked.c.id, is_state(State.READY))
@@ -86,6 +94,7 @@ def _claim(dialect: str) -> Any:
             signal=None,
             truncated=False,
             progress=None,
+            **values,
         )
         .returning(*_CLAIMED)
     )
@@ -130,10 +139,10 @@ _PAYLOAD = (
 
 
 @cache
-def claim(dialect: str) -> Statement:
+def claim(dialect: str, with_tokens: bool = False) -> Statement:
     """See `_claim`. Returns everything that running the tasks needs: on PostgreSQL in the same statement, on SQLite, whose
     CTEs cannot write, the ids for `claimed_tasks`."""
-    moved = _claim(dialect)
+    moved = _claim(dialect, with_tokens)
     if dialect == "sqlite":
         return moved
     return _with_payload(moved.cte("moved"))
@@ -182,7 +191,7 @@ def give_back(dialect: str) -> Statement:
             token=None,
             reason=None,
         )
-        .returning(task.c.id)
+        .returning(task.c.id, task.c.tokens)
     )
 
 

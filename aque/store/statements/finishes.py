@@ -70,14 +70,14 @@ def _with_result(finishing: Any) -> Statement:
     stored = (
         _store_results("postgresql", ["task_id", "value", "error"], values).returning(result.c.task_id).cte("stored")
     )
-    return sa.select(moved.c.id, moved.c.state, moved.c.dependents).add_cte(stored)
+    return sa.select(moved.c.id, moved.c.state, moved.c.dependents, moved.c.tokens).add_cte(stored)
 
 
 @cache
 def finish_alone(with_result: bool) -> Statement:
-    """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for: no release has to be in its
-    transaction. No row: its claim does not stand, or something has come to wait for it."""
-    alone = finish_one().where(task.c.dependents == 0)
+    """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for and that holds no tokens: nothing
+    else has to be in its transaction. No row: its claim does not stand, or it is not such a one (any more)."""
+    alone = finish_one().where(task.c.dependents == 0, task.c.tokens == 0)
     return _with_result(alone) if with_result else alone
 
 
@@ -118,7 +118,7 @@ def _finish(row: Any) -> Any:
             kill_signal=None,
             kill_grace=None,
         )
-        .returning(task.c.id, task.c.state, task.c.dependents)
+        .returning(task.c.id, task.c.state, task.c.dependents, task.c.tokens)
     )
 
 
