@@ -6,7 +6,7 @@ explicit > average of past successful runs of the same name, scaled by the size 
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -100,6 +100,14 @@ class Tally:
                 sums[1] += seconds
                 sums[2] += io_bytes > 0
                 sums[3] += io_bytes
+
+    def put(self, runs: Iterable[Runs]) -> None:
+        """Runs that were taken and not written, by the image before this one."""
+        with self._lock:
+            for one in runs:
+                known = self._sums.setdefault(one.name, [0, 0.0, 0, 0.0])
+                new = (one.count, one.count * one.seconds, one.sized, one.sized * (one.io_bytes or 0.0))
+                known[:] = [before + more for before, more in zip(known, new, strict=True)]
 
     def take(self) -> list[Runs]:
         """What has been added since the last call."""

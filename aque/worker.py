@@ -144,6 +144,7 @@ class AqueWorker:
             return attempts[task.id]
 
         self.runner.assignments.adopt(handed_over["assignments"])
+        self.scheduler.run_times.put(handed_over["run_times"])
         self.scheduler.adopt(handed_over["scheduler"], attempt_of)
         callbacks = {task_id: attempt.command_callbacks for task_id, attempt in attempts.items()}
         for task_id, command in self.commands.adopt(handed_over["commands"], callbacks).items():
@@ -158,13 +159,13 @@ class AqueWorker:
         if self.heartbeat is not None:
             self.heartbeat.stop()
         self.eventer.stop(1.0)
-        self._write_last_run_times()
         attempts = self.scheduler.attempts()
         commands = self.commands.export({a.command: i for i, a in attempts.items() if a.command is not None})
         scheduler = self.scheduler.export(commands["running"])
         state = {
             "commands": commands,
             "scheduler": scheduler,
+            "run_times": self.scheduler.run_times.take(),
             "assignments": self.runner.assignments.export((task.id, task.attempt) for task, *_ in scheduler["running"]),
             "lease_until": self.runner.lease_until,
         }
@@ -188,13 +189,6 @@ class AqueWorker:
             self.store.run_times.record(connection, runs)
         except DatabaseError as error:  # of an average they will not be missed: nothing else must wait for them
             logger.warning("the run times of %d names were not written: %s", len(runs), str(error).splitlines()[0])
-
-    def _write_last_run_times(self) -> None:
-        try:
-            with self.store.connect() as connection:
-                self._write_run_times(connection)
-        except AqueError as error:
-            logger.warning("the last run times were not written: %s", error)
 
     def register(self, draining: bool = False) -> int:
         """A new incarnation of this worker in the table; its id."""
@@ -260,10 +254,10 @@ class AqueWorker:
             self.heartbeat.stop()
         self.commands.stop()
         self.eventer.stop(1.0)
-        self._write_last_run_times()
         try:
             if clean:
                 with self.store.connect() as connection:
+                    self._write_run_times(connection)
                     self.store.unregister(connection, self.worker_id)
         except AqueError as error:
             logger.error("this worker could not sign off: %s", error)

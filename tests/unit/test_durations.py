@@ -56,6 +56,18 @@ def test_runs_are_collected_by_name_and_over_all() -> None:
     assert tally.take() == []
 
 
+def test_what_was_taken_can_be_put_back_among_what_has_come_since() -> None:
+    whole, parts = Tally(), Tally()
+    for tally in (whole, parts):
+        tally.add("a", 1.0, 0)
+        tally.add("b", 2.0, 100)
+    taken = parts.take()
+    for tally in (whole, parts):
+        tally.add("a", 3.0, 50)
+    parts.put(taken)
+    assert sorted(parts.take(), key=str) == sorted(whole.take(), key=str)
+
+
 def test_many_runs_weigh_as_if_they_had_come_one_by_one() -> None:
     average = 10.0
     for _ in range(5):

@@ -244,7 +244,7 @@ def test_a_stop_and_a_restart_leave_no_run_time_unwritten(own_farm: Farm, expect
     worker = own_farm.start_worker("-c", "1", cpus=2, lease_seconds=600)
     aque.shell(["true"], name="before").get(timeout=LIMIT)
     restart(worker)
-    assert expected("before") > 0
+    wait_until(lambda: expected("before") > 0, LIMIT, "the new image has written what it was handed")
     aque.shell(["true"], name="after").get(timeout=LIMIT)
     worker.stop()
     assert expected("after") > 0
