@@ -17,7 +17,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from aque import chooser, claimer, doorbell, finisher
+from aque import chooser, claimer, doorbell, durations, finisher
 from aque.backfill import Busy, expected_end
 from aque.errors import StoreError
 from aque.ledger import Ledger
@@ -111,8 +111,8 @@ class Batch:
 class Scheduler:
     """Claims, starts and finishes tasks for one worker.
 
-    `start_task` starts an attempt and never raises; `on_end` is called when an `until` is reached; once `is_urgent` is true,
-    whatever runs is killed and given back.
+    `start_task` starts an attempt, with what is reserved for it, and never raises; `on_end` is called when an `until` is
+    reached; once `is_urgent` is true, whatever runs is killed and given back.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Scheduler:
         worker_id: int,
         ledger: Ledger,
         place: chooser.Place,
-        start_task: Callable[[ClaimedTask, Any], Running],
+        start_task: Callable[[ClaimedTask, Capacity], Running],
         *,
         until: Until | None,
         on_end: Callable[[], None],
@@ -150,6 +150,7 @@ class Scheduler:
         self._output_since: float | None = None
         self._output_written = threading.Condition(self._lock)
         self._run_seconds: dict[str, float] = {}
+        self.run_times = durations.Tally()  #: of what succeeded, for the table
         self._recent: dict[int, bytes] = {}
         self._look_ready = True  #: something may be there to claim
         self._look_kills = True
@@ -193,6 +194,7 @@ class Scheduler:
             self._claim_ahead = True
             if outcome.state is State.SUCCESS:
                 self._measure(entry.task.name, outcome.ran_seconds)
+                self.run_times.add(entry.task.name, outcome.ran_seconds, entry.task.io_bytes)
             self._look_ready = self._look_ready or self._waiting
         self._ledger.release(entry.need)
         self._start_buffered()
@@ -639,7 +641,7 @@ class Scheduler:
         """Start a task that is in `_running`; one that was killed meanwhile is killed as soon as it has started."""
         task = entry.task
         try:
-            attempt = self._start_task(task, entry.need.cpus)
+            attempt = self._start_task(task, entry.need)
         except Exception as error:
             logger.exception("task %d could not be started", task.id)
             stored = json.dumps({"type": type(error).__name__, "message": str(error)[:1000]}).encode()

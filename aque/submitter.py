@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from aque import doorbell
+from aque import doorbell, durations
+from aque.durations import RunTime
 from aque.errors import BadInput
 from aque.machine import user_name
 from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memory, parse_resources
@@ -21,7 +22,16 @@ from aque.store import Store, again
 from aque.values import NO_REDIRECTIONS, Dependency, Pattern, Redirections, Requirement, TaskSpec
 
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
-_OWN_VARIABLES = (b"AQUE_TASK_ID", b"AQUE_TID", b"AQUE_ATTEMPT", b"AQUE_CPUS", b"AQUE_PARENT_ID", b"AQUE_BROKER", b"_")
+_OWN_VARIABLES = (
+    b"AQUE_TASK_ID",
+    b"AQUE_TID",
+    b"AQUE_ATTEMPT",
+    b"AQUE_CPUS",
+    b"AQUE_PARENT_ID",
+    b"AQUE_BROKER",
+    b"AQUE_THREAD_VARIABLES",
+    b"_",
+)
 
 
 _TAG = re.compile(r"!?[A-Za-z0-9_.-]{1,64}")
@@ -31,6 +41,8 @@ LIMITS_SECONDS = 5.0
 #: See `Submitter.next_id`.
 BLOCK_SECONDS = 1.0
 LARGEST_BLOCK = 64
+#: What has been read of run times is believed for so long.
+KNOWN_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,7 @@ class Options:
     limits: str | Mapping[str, int] = ""  #: tokens of farm-wide limits, as in {"nuke": 1} or "nuke=1"
     tags: str | tuple[str, ...] = ""  #: that the worker must have; `!tag` excludes
     requires_paths: tuple[str | bytes, ...] = ()  #: that the host must have
-    duration: float = 0.0  #: expected seconds
+    duration: float | str = 0.0  #: expected seconds, or as in "2x" how many times the average of its priority
     io_paths: tuple[str | bytes, ...] = ()
     time_limit: float | None = None  #: seconds, then it is killed
     soft_time_limit: float | None = None  #: seconds, then it is asked to end
@@ -65,12 +77,59 @@ class Options:
     celery_id: str | None = None
 
 
+class _Expectations:
+    """Expected durations by what the store says; what was read is kept for a while."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._run_times: dict[str, tuple[float, RunTime | None]] = {}  #: with when it was read
+        self._priorities: dict[int, tuple[float, float]] = {}  #: average seconds, with when it was read
+
+    def of(self, connection: Any, specs: Sequence[TaskSpec]) -> dict[int, float]:
+        """By id, for those without a duration of their own. Nothing is read if all of them have one, or are groups."""
+        asked = [spec for spec in specs if not spec.duration and spec.requirement.pattern is not Pattern.GROUP]
+        if not asked:
+            return {}
+        known = self._read(connection, {durations.key(spec.name) for spec in asked if not spec.relative_duration})
+        return {
+            spec.id: spec.relative_duration * self._average(connection, spec.priority, known)
+            if spec.relative_duration
+            else durations.expected(spec.name, spec.io_bytes, known)
+            for spec in asked
+        }
+
+    def _read(self, connection: Any, names: set[str]) -> dict[str, RunTime]:
+        names |= {durations.ALL, durations.SIZED}
+        now = time.monotonic()
+        kept = self._run_times
+        if missing := [name for name in names if name not in kept or now - kept[name][0] > KNOWN_SECONDS]:
+            if len(kept) > durations.NAMES:
+                kept.clear()
+                missing = list(names)
+            found = self._store.run_times.read(connection, missing)
+            kept.update({name: (now, found.get(name)) for name in missing})
+        return {name: run_time for name in names if (run_time := kept[name][1]) is not None}
+
+    def _average(self, connection: Any, priority: int, known: Mapping[str, RunTime]) -> float:
+        now = time.monotonic()
+        read, seconds = self._priorities.get(priority, (-math.inf, 0.0))
+        if now - read > KNOWN_SECONDS:
+            found = self._store.run_times.average_of_priority(connection, priority)
+            if found is None:
+                everything = known.get(durations.ALL)
+                found = durations.UNKNOWN_SECONDS if everything is None else everything.seconds
+            seconds = found
+            self._priorities[priority] = (now, seconds)
+        return seconds
+
+
 class Submitter:
     """Writes tasks to a store."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
+        self._expectations = _Expectations(store)
         self._user = user_name()
         self._lock = threading.Lock()
         self._ids: list[int] = []
@@ -109,8 +168,9 @@ class Submitter:
         def work() -> dict[int, State]:
             with self.store.connect() as connection:
                 self.store.intern(connection, specs)
+                expected = self._expectations.of(connection, specs)
             with self.store.connect() if self.store.is_one_statement(specs) else self.store.begin() as connection:
-                return self.store.submit(connection, specs)
+                return self.store.submit(connection, specs, expected)
 
         states = again(work)
         rung = set()
@@ -233,6 +293,7 @@ class Submitter:
             options.tags,
             options.requires_paths,
         )
+        duration, relative_duration = _duration(options.duration)
         try:
             requirement = _requirement(*wanted)
         except TypeError:  # something that cannot be hashed, and that the check below has a sentence for
@@ -243,7 +304,8 @@ class Submitter:
             requirement=requirement,
             priority=self._priority(options.priority),
             age_rank=-int(self.settings.priority_per_hour * time.time() / 3600),
-            duration=_seconds("duration", options.duration),
+            duration=duration,
+            relative_duration=relative_duration,
             io_paths=_paths("io_paths", options.io_paths),
             dependencies=dependencies,
             job_id=options.job_id,
@@ -371,7 +433,8 @@ def _environment(variables: Mapping[bytes, bytes]) -> bytes:
 @lru_cache(maxsize=16)
 def _joined_environment(variables: tuple[tuple[bytes, bytes], ...]) -> bytes:
     """Remembered, since all tasks of a graph have the same."""
-    kept = sorted((name, value) for name, value in variables if name not in _OWN_VARIABLES)
+    own = {*_OWN_VARIABLES, *dict(variables).get(b"AQUE_THREAD_VARIABLES", b"").split(b",")}
+    kept = sorted(pair for pair in variables if pair[0] not in own and not _is_index(pair[0]))
     for name, value in kept:
         if not name or b"=" in name or b"\0" in name or b"\0" in value:
             raise BadInput(
@@ -379,6 +442,11 @@ def _joined_environment(variables: tuple[tuple[bytes, bytes], ...]) -> bytes:
                 "and neither it nor the value may hold a NUL byte. Nothing was submitted."
             )
     return b"".join(name + b"=" + value + b"\0" for name, value in kept)
+
+
+def _is_index(name: bytes) -> bool:
+    """True for what says which pieces of a resource the task has that this process is part of."""
+    return name.startswith(b"AQUE_") and name.endswith(b"_INDICES")
 
 
 def _path(what: str, path: str | bytes) -> bytes:
@@ -416,6 +484,11 @@ def _integer(what: str, value: int, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise BadInput(f"{what} must be a whole number from {low} to {high}, not {value!r:.60}.")
     return value
+
+
+def _duration(value: float | str) -> tuple[float, float]:
+    """Seconds, and how many times the average; one of them is 0."""
+    return (0.0, durations.multiple(value)) if isinstance(value, str) else (_seconds("duration", value), 0.0)
 
 
 def _limit(what: str, value: float | None) -> float | None:

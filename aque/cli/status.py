@@ -23,7 +23,8 @@ from aque.values import Pattern, Requirement
 #: What `--json` prints, in this order; programs rely on it.
 FIELDS = (
     "id", "name", "state", "reason", "attempt", "worker", "exit_code", "signal", "priority", "cpus", "memory",
-    "depends_on", "parent_id", "job_id", "submitter", "submitted_at", "started_at", "finished_at",
+    "depends_on", "parent_id", "job_id", "submitter", "submitted_at", "started_at", "finished_at", "duration", "io_bytes",
+    "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes",
 )  # fmt: skip
 #: What `why` is made of.
 _NOT_STARTED = READY_STATES | UNREADY_STATES
@@ -31,6 +32,7 @@ _FOR_WHY = (
     "state", "cpus", "memory", "queue", "pattern", "host", "platform", "user", "interpreter", "resources", "limits", "tags",
     "requires_paths", "unmet",
 )  # fmt: skip
+_OF_AN_ATTEMPT = frozenset({"worker", "started_at", "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes"})
 _TABLE = (
     "id", "state", "reason", "exit_code", "signal", "cpus", "memory", "worker", "submitted_at", "started_at",
     "finished_at", "name",
@@ -90,7 +92,7 @@ def command(
             shown = f"unfinished tasks, and {user_name()}'s that finished in the last hour"
         for row in rows:
             if row.get("state") in _NOT_STARTED:  # what an earlier attempt has left says nothing about now
-                row.update(dict.fromkeys({"worker", "started_at"} & row.keys()))
+                row.update(dict.fromkeys(_OF_AN_ATTEMPT & row.keys()))
         if needs_why:
             places = farm.places()
             for row in rows:
@@ -144,7 +146,7 @@ def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:
 
 def _csv_fields(text: str) -> tuple[str, ...]:
     fields = tuple(word.strip() for word in text.split(","))
-    known = (*dict.fromkeys([*FIELDS, *_FOR_WHY]), "layer", "seq", "lost", "progress", "duration", "celery_id", "why")
+    known = (*dict.fromkeys([*FIELDS, *_FOR_WHY]), "layer", "seq", "lost", "progress", "celery_id", "why")
     for name in fields:
         if name not in known:
             raise BadInput(f"there is no field {name!r}; there are: {', '.join(known)}.")

@@ -34,6 +34,7 @@ from aque.store import statements as sql
 from aque.store.engine import copy_rows, inside_transaction, open_engine, reachable, transaction, why_not_personal
 from aque.store.limits import Limits
 from aque.store.reservations import Reservations
+from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
 from aque.values import (
     ClaimedTask,
@@ -44,6 +45,7 @@ from aque.values import (
     Redirections,
     Requirement,
     TaskSpec,
+    Usage,
     WorkerInfo,
 )
 
@@ -206,6 +208,7 @@ class Store:
         self._requirements: dict[int, Requirement] = {}
         self._environment_ids: set[str] = set()
         self._clock = (-math.inf, 0.0)
+        self.run_times = RunTimes(self.dialect)
 
     @contextmanager
     def connect(self) -> Iterator[sa.Connection]:
@@ -236,8 +239,11 @@ class Store:
             return list(range(rows[0] - count + 1, rows[0] + 1))
         return sorted(rows)
 
-    def submit(self, connection: sa.Connection, specs: Sequence[TaskSpec]) -> dict[int, State]:
+    def submit(
+        self, connection: sa.Connection, specs: Sequence[TaskSpec], durations: Mapping[int, float] | None = None
+    ) -> dict[int, State]:
         """Insert these tasks and their edges, all or nothing, inside the caller's transaction; their first states.
+        `durations` are expected seconds by id, in place of what the specs say.
 
         Raises Cycle or UnknownTask, and then nothing has been written.
         """
@@ -248,9 +254,11 @@ class Store:
         everything = {**states, **{task_id: start.state for task_id, start in starts.items()}}
         now = self._wall(connection, time.monotonic())
         task_rows, payload_rows, edge_rows = [], [], []
+        durations = durations or {}
         for spec in specs:
             start = starts[spec.id]
-            task_rows.append(self._task_row(spec, start, dependents[spec.id], now))
+            duration = durations.get(spec.id, spec.duration)
+            task_rows.append(self._task_row(spec, start, dependents[spec.id], duration, now))
             if spec.requirement.pattern is not Pattern.GROUP:
                 payload_rows.append(self._payload_row(spec))
             edge_rows += [
@@ -319,7 +327,9 @@ class Store:
             raise UnknownTask(missing)
         return states
 
-    def _task_row(self, spec: TaskSpec, start: deps.Start, dependents: int, now: Any) -> tuple[Any, ...]:
+    def _task_row(
+        self, spec: TaskSpec, start: deps.Start, dependents: int, duration: float, now: Any
+    ) -> tuple[Any, ...]:
         is_group = spec.requirement.pattern is Pattern.GROUP
         reason = {State.SKIPPED: Reason.DEPENDENCY, State.ERROR: Reason.DEPENDENCY}.get(start.state)
         return (
@@ -328,7 +338,7 @@ class Store:
             None if is_group else self._requirement_ids[spec.requirement],
             spec.priority,
             spec.priority + spec.age_rank,
-            spec.duration,
+            duration,
             spec.io_bytes,
             start.unmet,
             dependents,
@@ -569,6 +579,7 @@ class Store:
             "truncated": outcome.truncated,
             "started_at": ended - outcome.ran_seconds,
             "ended_at": ended,
+            **{name: getattr(outcome.usage, name, None) for name in Usage.__slots__},
             "repeat": outcome.state is State.ERROR,
         }
 

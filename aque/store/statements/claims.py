@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from aque.states import Event, State, sources
 from aque.store.engine import one_of, per_class, row_set
 from aque.store.statements.common import (
+    USAGE_COLUMNS,
     Statement,
     in_states,
     is_not_being_ended,
@@ -95,6 +96,7 @@ def _claim(dialect: str, with_tokens: bool) -> Any:
             truncated=False,
             progress=None,
             **values,
+            **dict.fromkeys(USAGE_COLUMNS),
         )
         .returning(*_CLAIMED)
     )

@@ -11,6 +11,7 @@ from aque.store.engine import closure, one_of, row_set, wall_clock
 from aque.store.statements.claims import READY_COLUMNS
 from aque.store.statements.common import (
     ON_WORKER,
+    USAGE_COLUMNS,
     Statement,
     in_states,
     insert_into,
@@ -33,6 +34,7 @@ _OUTCOME: dict[str, sa.types.TypeEngine[Any]] = {
     "truncated": sa.Boolean(),
     "started_at": sa.Double(),
     "ended_at": sa.Double(),
+    **{name: task.c[name].type for name in USAGE_COLUMNS},
     "repeat": sa.Boolean(),
 }
 
@@ -117,6 +119,7 @@ def _finish(row: Any) -> Any:
             token=None,
             kill_signal=None,
             kill_grace=None,
+            **{name: getattr(row, name) for name in USAGE_COLUMNS},
         )
         .returning(task.c.id, task.c.state, task.c.dependents, task.c.tokens)
     )
@@ -136,9 +139,10 @@ def keep_attempts(dialect: str) -> Statement:
         task.c.signal,
         task.c.started_at,
         sa.func.coalesce(task.c.finished_at, wall_clock()),
+        *(task.c[name] for name in USAGE_COLUMNS),
     ).where(one_of(dialect, task.c.id, "ids"), task.c.started_at.is_not(None))
     names = ["task_id", "attempt", "worker_id", "state", "reason", "exit_code", "signal", "started_at", "finished_at"]
-    return sa.insert(attempt).from_select(names, chosen)
+    return sa.insert(attempt).from_select([*names, *USAGE_COLUMNS], chosen)
 
 
 def _matches(dialect: str) -> sa.ColumnElement[bool]:
