@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aque import chooser
+from aque.backoff import NOTHING_AVOIDED
 from aque.chooser import Place
 from aque.resources import Capacity
 from aque.states import State
@@ -33,6 +34,8 @@ class Claimer:
         self._seconds = seconds
         self._needs: dict[int, Capacity] = {}
         self._never: dict[int, bool] = {}
+        #: What this host could not start lately; whoever looks sets it before.
+        self.avoided = NOTHING_AVOIDED
 
     def serve(self, queues: frozenset[str]) -> None:
         """Claim from these queues from now on."""
@@ -51,7 +54,7 @@ class Claimer:
     def look(self, connection: Any, free: Capacity, buffered: int) -> Picked:
         """Read what is ready, outside of any transaction, and choose: nothing is claimed yet."""
         unfit = [class_id for class_id, never in self._never.items() if never]
-        found = self._store.candidates(connection, unfit, LOOK)
+        found = self._store.candidates(connection, unfit, LOOK, self.avoided)
         fitting = self._fitting(self._store.requirements(connection, found))
         ready = [row for class_id, row in found.items() if class_id in fitting]
         start, _ = chooser.choose(ready, free, fitting, LOOK)
@@ -63,6 +66,7 @@ class Claimer:
 
     def choose_released(self, connection: Any, released: Sequence[ReadyTask], free: Capacity) -> list[ReadyTask]:
         """Of tasks that this very transaction has released, those that fit here: a chain needs no second look."""
+        released = [task for task in released if not self.avoided.includes(task.class_id, task.job_id, task.id)]
         classes = self._store.requirements(connection, {task.class_id for task in released})
         fitting = self._fitting(classes)
         rows: dict[int, list[ReadyTask]] = {}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from aque import chooser, claimer, doorbell, finisher
+from aque.backoff import Backoff
 from aque.errors import StoreError
 from aque.ledger import Ledger
 from aque.resources import Capacity
@@ -135,6 +136,7 @@ class Scheduler:
         self._on_end = on_end
         self._is_urgent = is_urgent
         self._claimer = claimer.Claimer(store, place, self._seconds)
+        self._backoff = Backoff(settings.back_off_seconds)
         self._lock = threading.Lock()
         self._worker_id = self.worker_id = worker_id
         self._running: dict[int, Entry] = {}
@@ -191,6 +193,7 @@ class Scheduler:
             self._claim_ahead = True
             if outcome.state is State.SUCCESS:
                 self._measure(entry.task.name, outcome.ran_seconds)
+                self._backoff.succeeded(entry.task.class_id, entry.task.job_id)
             self._look_ready = self._look_ready or self._waiting
         self._ledger.release(entry.need)
         self._start_buffered()
@@ -404,6 +407,8 @@ class Scheduler:
                 due.append(self._output_since + OUTPUT_SECONDS - now)
             if self._buffer:
                 due.append(self._buffered_at + BUFFER_SECONDS - now)
+            if (change := self._backoff.next_change(now)) is not None:
+                due.append(change - now)
         assert self._bell is not None
         began = time.monotonic()
         doorbell.wait_readable([self._wake_fd, self._bell.fileno()], min(due))
@@ -432,6 +437,7 @@ class Scheduler:
             self._abandon(self._left())
         if self._draining or self._drained or self._commands_only or self._is_buffer_stale():
             self._return_buffer()
+        self._avoid()
         picked = self._look(connection)
         # Read before the batch is taken: what ends after that is free here, and not yet in the table.
         free = self._ledger.free
@@ -504,7 +510,12 @@ class Scheduler:
                 self._store.signal_delivered(connection, batch.delivered)
                 returned = self._store.give_back(connection, batch.returned)
                 finished = finisher.finish(
-                    self._store, connection, batch.outcomes, self._settings.max_lost, self._one_by_one
+                    self._store,
+                    connection,
+                    batch.outcomes,
+                    self._settings.max_lost,
+                    self._one_by_one,
+                    self._settings.is_shared,
                 )
                 idle = self._draining or self._drained or self._until == "one"
                 if finished.ready and not idle and not self._finish_only:
@@ -525,6 +536,7 @@ class Scheduler:
         self._one_by_one = False
         self._writing = Batch()
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
+        self._back_off([o for o in batch.outcomes if o.id in finished.elsewhere])
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
 
     def _finish_alone(self, connection: Any, batch: Batch) -> bool:
@@ -724,6 +736,36 @@ class Scheduler:
         for entry in due:
             if entry.attempt is not None:
                 entry.attempt.kill(9, 0.0)
+
+    # -- what this host cannot start -----------------------------------------------------------------------------------
+
+    def avoids(self) -> tuple[str, ...]:
+        """What is not claimed for a while, as sentences."""
+        with self._lock:
+            return self._backoff.sentences(time.monotonic(), time.time())
+
+    def _back_off(self, refused: Iterable[Outcome]) -> None:
+        """These went back for other hosts: leave them, and what is like them, alone for a while."""
+        now = time.monotonic()
+        for outcome in refused:
+            if (failure := outcome.host_failure) is not None:
+                logger.warning("task %d could not be started here, and is left to other hosts: %s", outcome.id, failure.why)
+                with self._lock:
+                    self._backoff.refused(failure.class_id, failure.job_id, outcome.id, failure.why, now)
+
+    def _avoid(self) -> None:
+        """Before a look: tell the claimer what to leave alone, and give back what of it was claimed ahead. When a back-off
+        has ended there is a reason to look."""
+        with self._lock:
+            avoided = self._backoff.avoided(time.monotonic())
+            if avoided is self._claimer.avoided:
+                return
+            self._claimer.avoided = avoided
+            self._look_ready = True
+            kept = deque(task for task in self._buffer if not avoided.includes(task.class_id, task.job_id, task.id))
+            kept_ids = {task.id for task in kept}
+            self._batch.returned += [(task.id, task.token) for task in self._buffer if task.id not in kept_ids]
+            self._buffer = kept
 
     # -- measured run times -------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from aque.store.engine import (
     one_statement,
     transaction,
 )
+from aque.store.refusals import Refusal
 from aque.store.store import (
     Finding,
     Finished,
@@ -30,6 +31,7 @@ __all__ = [
     "Kill",
     "Killed",
     "Orders",
+    "Refusal",
     "Released",
     "Store",
     "StoredResult",

@@ -24,13 +24,16 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy as sa
 
 from aque import deps
+from aque.backoff import NOTHING_AVOIDED, Avoided
+from aque.chooser import Place
 from aque.errors import BadInput, BadStateDirectory, UnknownTask
-from aque.resources import CpuRequest
+from aque.resources import Capacity, CpuRequest, parse_resources
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
 from aque.store import schema
 from aque.store import statements as sql
 from aque.store.engine import copy_rows, open_engine, reachable, transaction, why_not_personal
+from aque.store.refusals import Refusals
 from aque.store.tables import edge, payload, task
 from aque.values import (
     ClaimedTask,
@@ -70,6 +73,7 @@ class Finished(Released):
     ended: dict[int, State] = field(default_factory=dict)
     repeated: list[int] = field(default_factory=list)  #: failed or lost, and ready for another attempt
     refused: list[int] = field(default_factory=list)  #: the claim no longer stands: nothing was written
+    elsewhere: list[int] = field(default_factory=list)  #: of `repeated`: this host could not start them
 
 
 @dataclass(slots=True)
@@ -137,6 +141,24 @@ class WorkerRow:
         """True while its lease holds and it has not stopped."""
         return self.state == "live" and self.expired_seconds < 0
 
+    @property
+    def place(self) -> Place:
+        """The worker as the choice sees it."""
+        info = self.info
+        resources = parse_resources(info.resources)
+        whole = Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots, resources)
+        return Place(
+            info.host,
+            info.platform,
+            frozenset(info.queues),
+            whole,
+            info.user,
+            info.switches_user,
+            self.draining,
+            frozenset(info.tags),
+            self.missing_paths,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -179,6 +201,7 @@ class Store:
         self.engine = engine
         self.dialect = engine.dialect.name
         self.host = socket.gethostname()
+        self.refusals = Refusals(self.dialect)
         self._requirement_ids: dict[Requirement, int] = {}
         self._requirements: dict[int, Requirement] = {}
         self._environment_ids: set[str] = set()
@@ -365,11 +388,16 @@ class Store:
                 self._requirements[row.id] = _requirement(row)
         return {i: self._requirements[i] for i in wanted}
 
-    def candidates(self, connection: sa.Connection, unfit: Iterable[int], limit: int) -> dict[int, list[ReadyTask]]:
-        """Up to `limit` ready tasks of each requirement class but those in `unfit`, best first within a class."""
-        parameters = {"unfit": list(unfit), "limit": limit}
+    def candidates(
+        self, connection: sa.Connection, unfit: Iterable[int], limit: int, avoided: Avoided = NOTHING_AVOIDED
+    ) -> dict[int, list[ReadyTask]]:
+        """Up to `limit` ready tasks of each requirement class, best first within a class, but for the classes in `unfit` and
+        what is `avoided`."""
+        parameters = {"unfit": [*unfit, *avoided.classes], "limit": limit}
         by_class: dict[int, list[ReadyTask]] = {}
-        for row in connection.execute(sql.candidates(self.dialect), parameters):
+        if left_out := bool(avoided.tasks or avoided.jobs):
+            parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs)}
+        for row in connection.execute(sql.candidates(self.dialect, left_out), parameters):
             by_class.setdefault(row.requirement_id, []).append(_ready(row))
         for ready in by_class.values():  # the join gives them in no promised order
             ready.sort(key=lambda t: (-t.priority, -t.duration, t.id))
@@ -417,14 +445,17 @@ class Store:
         if rows:
             connection.execute(sql.start(self.dialect), {"rows": json.dumps(rows)})
 
-    def give_back(self, connection: sa.Connection, claims: Iterable[tuple[int, int]]) -> list[int]:
-        """Make these active tasks, as (id, token), ready again without spending an attempt; returns which were."""
+    def give_back(
+        self, connection: sa.Connection, claims: Iterable[tuple[int, int]], reason: Reason | None = None
+    ) -> list[int]:
+        """Make these active tasks, as (id, token), ready again without spending an attempt; returns which were. `reason` is
+        kept with the attempts."""
         rows = [{"id": i, "token": token} for i, token in claims]
         if not rows:
             return []
         returned = [row.id for row in connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)})]
         if returned:
-            self._keep_attempts(connection, returned, "given back", None)
+            self._keep_attempts(connection, returned, "given back", reason)
         return returned
 
     # -- finish and release -------------------------------------------------------------------------------------------
