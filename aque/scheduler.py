@@ -458,7 +458,9 @@ class Scheduler:
             full = buffered > chooser.BUFFER_TASKS // 2
             early = full and time.monotonic() - self._looked_at < LOOK_SECONDS
             idle = self._draining or self._drained or done
-            blocked = self._finish_only or self._ledger.is_over_budget
+            # What this host could not start decides what is looked for: that is written first.
+            undecided = any(outcome.host_failure for outcome in self._batch.outcomes)
+            blocked = self._finish_only or self._ledger.is_over_budget or undecided
             if not self._look_ready or idle or blocked or early:
                 return claimer.Picked([], [], self._waiting)
             self._look_ready = False
@@ -536,7 +538,7 @@ class Scheduler:
         self._one_by_one = False
         self._writing = Batch()
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
-        self._back_off([o for o in batch.outcomes if o.id in finished.elsewhere])
+        self._back_off([o for o in batch.outcomes if o.host_failure], finished.elsewhere)
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
 
     def _finish_alone(self, connection: Any, batch: Batch) -> bool:
@@ -744,14 +746,19 @@ class Scheduler:
         with self._lock:
             return self._backoff.sentences(time.monotonic(), time.time())
 
-    def _back_off(self, refused: Iterable[Outcome]) -> None:
-        """These went back for other hosts: leave them, and what is like them, alone for a while."""
+    def _back_off(self, refused: list[Outcome], elsewhere: Container[int]) -> None:
+        """Of what this host could not start, leave what went back for other hosts, and what is like it, alone for a while.
+        Then look at what has waited for this decision."""
         now = time.monotonic()
         for outcome in refused:
-            if (failure := outcome.host_failure) is not None:
-                logger.warning("task %d could not be started here, and is left to other hosts: %s", outcome.id, failure.why)
+            if (failure := outcome.host_failure) is not None and outcome.id in elsewhere:
+                logger.warning(
+                    "task %d could not be started here, and is left to other hosts: %s", outcome.id, failure.why
+                )
                 with self._lock:
                     self._backoff.refused(failure.class_id, failure.job_id, outcome.id, failure.why, now)
+        if refused:
+            self._wake()
 
     def _avoid(self) -> None:
         """Before a look: tell the claimer what to leave alone, and give back what of it was claimed ahead. When a back-off
