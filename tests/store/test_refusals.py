@@ -1,6 +1,7 @@
 """What one host cannot start goes back for others, on both databases; and what is avoided is not read."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from farm import SPEC, after, claim, finish, ids, outcome, ready, states, submit, worker
@@ -8,6 +9,9 @@ from statements import counted
 
 from aque import finisher
 from aque.backoff import Avoided
+from aque.chooser import Place
+from aque.claimer import Claimer
+from aque.resources import Capacity
 from aque.states import Reason, State
 from aque.store import Finished, Store
 from aque.values import ClaimedTask, HostFailure, Outcome, Pattern, Requirement
@@ -178,3 +182,17 @@ def test_what_a_worker_avoids_is_in_its_row(store: Store, bad: int) -> None:
         rows = {row.info.id: row.avoids for row in store.workers(connection)}
     assert rows[bad] == (f"job 12: {WHY} (until 10:41 UTC)",)
     assert set(rows.values()) == {rows[bad], ()}
+
+
+def test_what_a_finish_releases_is_left_alone_too_if_it_is_avoided(store: Store) -> None:
+    place = Place("bad", "linux", frozenset({"celery"}), Capacity(Fraction(8), 1 << 30, 2, 32))
+    chooser = Claimer(store, place, lambda name: None)
+    first, second, third, fourth = ids(store, 4)
+    submit(store, [replace(SPEC, id=i, job_id=first if i == second else i) for i in (first, second, third, fourth)])
+    with store.connect() as connection:
+        released = [task for row in store.candidates(connection, [], 10).values() for task in row]
+        assert chooser.choose_released(connection, released, place.whole) == released
+        chooser.avoided = Avoided(tasks=frozenset({third}), jobs=frozenset({first}))
+        assert [task.id for task in chooser.choose_released(connection, released, place.whole)] == [fourth]
+        chooser.avoided = Avoided(classes=frozenset({released[0].class_id}))
+        assert chooser.choose_released(connection, released, place.whole) == []
