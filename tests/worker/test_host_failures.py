@@ -196,3 +196,18 @@ def test_an_interpreter_that_a_host_lacks_is_the_hosts_failure_and_a_command_tha
         command.get(timeout=LIMIT)
     assert own_farm.row(command)["reason"] == "not_found"
     assert len(refusals(own_farm)) == len(refused)
+
+
+def test_a_user_whom_a_host_refuses_is_left_to_another(own_farm: Farm, shots: Path) -> None:
+    start_bad(own_farm, shots, allow_root_tasks=False)
+    task = aque.shell(["hostname"])
+    row = own_farm.wait_for_state(task, "error")
+    assert (row["reason"], row["attempt"], refusals(own_farm)) == ("cannot_become_user", 1, []), (
+        "there is no other host"
+    )
+    start_good(own_farm)
+    with aque.graph() as job:
+        several = [aque.shell(["hostname"]) for _ in range(20)]
+    job.handle.get(timeout=LIMIT)
+    assert {own_farm.output(task) for task in several} == {b"good\n"}
+    assert all(host == "bad" for _, host in refusals(own_farm))
