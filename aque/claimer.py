@@ -8,6 +8,7 @@ from typing import Any
 
 from aque import chooser
 from aque.backfill import Hold
+from aque.backoff import NOTHING_AVOIDED
 from aque.chooser import Place
 from aque.resources import Capacity
 from aque.roomkeeper import RoomKeeper, Running
@@ -51,6 +52,8 @@ class Claimer:
         self._usage_read_at = 0.0
         self._waiting_priority: int | None = None  #: the highest of what the last look left; None: nothing
         self._is_contended = False  #: several users had something ready at the last look
+        #: What this host could not start lately; whoever looks sets it before.
+        self.avoided = NOTHING_AVOIDED
 
     def serve(self, queues: frozenset[str]) -> None:
         """Claim from these queues from now on."""
@@ -76,7 +79,7 @@ class Claimer:
         if that is asked."""
         now = self._store.now(connection)
         unfit = [class_id for class_id, never in self._never.items() if never]
-        found = self._store.candidates(connection, unfit, self._window)
+        found = self._store.candidates(connection, unfit, self._window, self.avoided)
         cut = {class_id for class_id, row in found.items() if len(row) >= self._window}
         self._window = min(max(ROWS // max(len(found), 1), FEWEST), MOST)
         requirements = self._store.requirements(connection, found)
@@ -154,6 +157,7 @@ class Claimer:
         if self.is_holding or self._is_contended:
             return []
         least = self._waiting_priority
+        released = [task for task in released if not self.avoided.includes(task.class_id, task.job_id, task.id)]
         requirements = self._store.requirements(connection, {task.class_id for task in released})
         classes = {i: kind for i, kind in self._classes(requirements).items() if not kind.limits}
         rows: dict[int, list[ReadyTask]] = {}

@@ -3,6 +3,7 @@
 Celery's own bookkeeping (`inspect active`, events, signals) sees every task of Aque as a request like any other.
 """
 
+import errno
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from aque.commands import Running as RunningCommand
 from aque.resources import Capacity, format_cpus
 from aque.settings import Settings
 from aque.states import Reason, State
-from aque.values import ClaimedTask, Outcome, Pattern, Usage
+from aque.values import ClaimedTask, HostFailure, Outcome, Pattern, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -276,9 +277,11 @@ class Attempt:
             reason = _REASONS.get(ended.reason, Reason.EXIT)
             message = ended.message or f"exit status {ended.exit_code}"
             stored = None if reason in (Reason.EXIT, Reason.SIGNAL) else codec.encode_error("", message)
+            failure = host_failure(self.task, reason, ended)
             self._end(
-                State.ERROR, reason, ended.exit_code, ended.signal, error=stored, shown=message, cut=ended.truncated
-            )
+                State.ERROR, reason, ended.exit_code, ended.signal,
+                error=stored, shown=message, cut=ended.truncated, host_failure=failure,
+            )  # fmt: skip
 
     def _on_answer(self, ended: Ended) -> None:
         """The interpreter of a function has ended by itself."""
@@ -425,7 +428,9 @@ class Attempt:
 
     def refuse(self, why: str) -> None:
         """This worker must not start it."""
-        self._end(State.ERROR, Reason.CANNOT_BECOME_USER, error=codec.encode_error("", why), shown=why)
+        failure = _host_failure(self.task, Reason.CANNOT_BECOME_USER, why.partition(". ")[0])
+        error = codec.encode_error("", why)
+        self._end(State.ERROR, Reason.CANNOT_BECOME_USER, error=error, shown=why, host_failure=failure)
 
     def _end(
         self,
@@ -439,6 +444,7 @@ class Attempt:
         shown: str = "",
         seconds: float | None = None,
         cut: bool = False,
+        host_failure: HostFailure | None = None,
     ) -> None:
         with self._ending:
             if self._over:
@@ -464,10 +470,10 @@ class Attempt:
             cut,
             now,
             self._usage,
+            host_failure,
         )
-        self._runner.assignments.release(
-            (task.id, task.attempt)
-        )  # before its reservation ends: the next one may need them
+        # Before its reservation ends: the next one may need them.
+        self._runner.assignments.release((task.id, task.attempt))
         self._runner.listener.finished(outcome)
         if self._runner.eventer.enabled:
             self._send_event(state, error, shown, ran)
@@ -597,6 +603,29 @@ class Runner:
         if task.parent_id is not None:
             variables["AQUE_PARENT_ID"] = str(task.parent_id)
         return variables
+
+
+def host_failure(task: ClaimedTask, reason: Reason, ended: Ended) -> HostFailure | None:
+    """What it says of the host that the task could not be started; None if it says something of the task.
+
+    A command that is not found stays the task's error, as in a shell; an interpreter that was named for a function is the
+    host's.
+    """
+    if reason is Reason.CANNOT_ENTER_CWD:
+        cwd = task.cwd.decode(errors="backslashreplace")
+        return _host_failure(task, reason, f"cannot enter {cwd}: {os.strerror(ended.errno or errno.EINVAL)}")
+    if reason is Reason.CANNOT_BECOME_USER:
+        return _host_failure(task, reason, ended.message.removesuffix(". Nothing was started."))
+    is_function = task.pattern is Pattern.PYTHON and task.interpreter
+    if is_function and reason in (Reason.NOT_FOUND, Reason.CANNOT_EXECUTE):
+        return _host_failure(task, reason, ended.message.removesuffix("."))
+    return None
+
+
+def _host_failure(task: ClaimedTask, reason: Reason, why: str) -> HostFailure:
+    # Databases store no NUL bytes and no lone surrogates as text.
+    text = why[:SHOWN].replace("\0", "\\x00").encode(errors="backslashreplace").decode()
+    return HostFailure(task.class_id, task.job_id, reason, text)
 
 
 def _error(error: BaseException) -> bytes:

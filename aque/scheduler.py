@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from aque import chooser, claimer, doorbell, durations, finisher
 from aque.backfill import Busy, expected_end
+from aque.backoff import Backoff
 from aque.errors import StoreError
 from aque.ledger import Ledger
 from aque.resources import Capacity
@@ -136,6 +137,7 @@ class Scheduler:
         self._on_end = on_end
         self._is_urgent = is_urgent
         self._claimer = claimer.Claimer(store, settings, place, self._seconds)
+        self._backoff = Backoff(settings.back_off_seconds)
         self._lock = threading.Lock()
         self._worker_id = self.worker_id = worker_id
         self._running: dict[int, Entry] = {}
@@ -195,6 +197,7 @@ class Scheduler:
             if outcome.state is State.SUCCESS:
                 self._measure(entry.task.name, outcome.ran_seconds)
                 self.run_times.add(entry.task.name, outcome.ran_seconds, entry.task.io_bytes)
+                self._backoff.succeeded(entry.task.class_id, entry.task.job_id)
             self._look_ready = self._look_ready or self._waiting
         self._ledger.release(entry.need)
         self._start_buffered()
@@ -410,6 +413,8 @@ class Scheduler:
                 due.append(self._buffered_at + BUFFER_SECONDS - now)
             if self._look_at is not None:
                 due.append(self._look_at - now)
+            if (change := self._backoff.next_change(now)) is not None:
+                due.append(change - now)
         assert self._bell is not None
         began = time.monotonic()
         doorbell.wait_readable([self._wake_fd, self._bell.fileno()], max(min(due), 0.0))
@@ -437,9 +442,11 @@ class Scheduler:
         if self._is_urgent():
             self._draining = True
             self._abandon(self._left())
+        if self._draining or self._drained or self._commands_only or self._is_buffer_stale():
+            self._return_buffer()
+        self._avoid()
         picked = self._look(connection)
-        gives_back = self._draining or self._drained or self._commands_only or self._claimer.is_holding
-        if gives_back or self._is_buffer_stale():
+        if self._claimer.is_holding:  # what was claimed ahead might take the room that is kept
             self._return_buffer()
         # Read before the batch is taken: what ends after that is free here, and not yet in the table.
         free = self._ledger.free
@@ -460,7 +467,9 @@ class Scheduler:
             full = buffered > chooser.BUFFER_TASKS // 2
             early = full and time.monotonic() - self._looked_at < LOOK_SECONDS
             idle = self._draining or self._drained or done
-            blocked = self._finish_only or self._ledger.is_over_budget
+            # What this host could not start decides what is looked for: that is written first.
+            undecided = any(outcome.host_failure for outcome in self._batch.outcomes)
+            blocked = self._finish_only or self._ledger.is_over_budget or undecided
             if not self._look_ready or idle or blocked or early:
                 return claimer.Picked([], [], self._waiting)
             self._look_ready = False
@@ -528,7 +537,12 @@ class Scheduler:
                 self._store.signal_delivered(connection, batch.delivered)
                 returned = self._store.give_back(connection, batch.returned)
                 finished = finisher.finish(
-                    self._store, connection, batch.outcomes, self._settings.max_lost, self._one_by_one
+                    self._store,
+                    connection,
+                    batch.outcomes,
+                    self._settings.max_lost,
+                    self._one_by_one,
+                    self._settings.is_shared,
                 )
                 idle = self._draining or self._drained or self._until == "one"
                 if finished.ready and not idle and not self._finish_only:
@@ -549,6 +563,7 @@ class Scheduler:
         self._one_by_one = False
         self._writing = Batch()
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
+        self._back_off([o for o in batch.outcomes if o.host_failure], finished.elsewhere)
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
 
     def _finish_alone(self, connection: Any, batch: Batch) -> bool:
@@ -748,6 +763,41 @@ class Scheduler:
         for entry in due:
             if entry.attempt is not None:
                 entry.attempt.kill(9, 0.0)
+
+    # -- what this host cannot start -----------------------------------------------------------------------------------
+
+    def avoids(self) -> tuple[str, ...]:
+        """What is not claimed for a while, as sentences."""
+        with self._lock:
+            return self._backoff.sentences(time.monotonic(), time.time())
+
+    def _back_off(self, refused: list[Outcome], elsewhere: Container[int]) -> None:
+        """Of what this host could not start, leave what went back for other hosts, and what is like it, alone for a while.
+        Then look at what has waited for this decision."""
+        now = time.monotonic()
+        for outcome in refused:
+            if (failure := outcome.host_failure) is not None and outcome.id in elsewhere:
+                logger.warning(
+                    "task %d could not be started here, and is left to other hosts: %s", outcome.id, failure.why
+                )
+                with self._lock:
+                    self._backoff.refused(failure.class_id, failure.job_id, outcome.id, failure.why, now)
+        if refused:
+            self._wake()
+
+    def _avoid(self) -> None:
+        """Before a look: tell the claimer what to leave alone, and give back what of it was claimed ahead. When a back-off
+        has ended there is a reason to look."""
+        with self._lock:
+            avoided = self._backoff.avoided(time.monotonic())
+            if avoided is self._claimer.avoided:
+                return
+            self._claimer.avoided = avoided
+            self._look_ready = True
+            kept = deque(task for task in self._buffer if not avoided.includes(task.class_id, task.job_id, task.id))
+            kept_ids = {task.id for task in kept}
+            self._batch.returned += [(task.id, task.token) for task in self._buffer if task.id not in kept_ids]
+            self._buffer = kept
 
     # -- measured run times -------------------------------------------------------------------------------------------
 

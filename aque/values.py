@@ -170,6 +170,16 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class HostFailure:
+    """The host could not start a task, through no fault of the task's: another host may."""
+
+    class_id: int
+    job_id: int
+    reason: Reason
+    why: str  #: as a sentence part, as in `cannot enter /shots/a: No such file or directory`
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How an attempt ended. `value` and `error` are encoded JSON, already within the result limit."""
 
@@ -186,6 +196,7 @@ class Outcome:
     truncated: bool = False  #: output was cut
     ended: float | None = None  #: when, on this process's monotonic clock; None: now
     usage: Usage | None = None  #: None: not measured
+    host_failure: HostFailure | None = None  #: the end is the host's, not the task's
 
 
 @dataclass(frozen=True, slots=True)

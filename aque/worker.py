@@ -58,6 +58,7 @@ class AqueWorker:
         self.strangers = strangers
         self.signals = signals
         self.is_described = worker_id is None
+        self._avoids_shown: tuple[str, ...] | None = None
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
         self.whole = _whole(settings, worker.pool)
@@ -179,6 +180,7 @@ class AqueWorker:
         it runs more than it may now, its row keeps the larger numbers, which are what its tasks have reserved."""
         self.runner.renew(until)
         self._write_run_times(connection)
+        self._show_avoided(connection)
         if not self.is_described and not self.ledger.is_over_budget:
             self.store.describe(connection, self._info(self.worker_id))
             self.is_described = True
@@ -189,6 +191,13 @@ class AqueWorker:
             self.store.run_times.record(connection, runs)
         except DatabaseError as error:  # of an average they will not be missed: nothing else must wait for them
             logger.warning("the run times of %d names were not written: %s", len(runs), str(error).splitlines()[0])
+
+    def _show_avoided(self, connection: Any) -> None:
+        """Write what is not claimed for a while, if that has changed; the image before this one may have left something."""
+        avoids = self.scheduler.avoids()
+        if avoids != self._avoids_shown:
+            self.store.refusals.set_avoids(connection, self.worker_id, avoids)
+            self._avoids_shown = avoids
 
     def register(self, draining: bool = False) -> int:
         """A new incarnation of this worker in the table; its id."""
@@ -207,6 +216,7 @@ class AqueWorker:
             (worker_id,) = self.store.reserve_ids(connection, 1)
             self.store.register(connection, self._info(worker_id), draining)
         self.worker_id = worker_id
+        self._avoids_shown = ()
         self.runner.lease_until = before + self.settings.lease_seconds
         return worker_id
 

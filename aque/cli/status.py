@@ -18,6 +18,7 @@ from aque.cli.show import as_json, columns, count, escape, span, timestamp
 from aque.errors import BadInput
 from aque.machine import user_name
 from aque.states import COMPLETE_STATES, READY_STATES, UNREADY_STATES, State
+from aque.store import Refusal
 from aque.values import Pattern, Requirement
 
 #: What `--json` prints, in this order; programs rely on it.
@@ -95,8 +96,9 @@ def command(
                 row.update(dict.fromkeys(_OF_AN_ATTEMPT & row.keys()))
         if needs_why:
             places = farm.places()
+            refusals = _refusals(farm, rows)
             for row in rows:
-                row["why"] = why(row, places)
+                row["why"] = why(row, places) or refused(refusals.get(row["id"], ()))
         if as_lines_of_json:
             _print_json(rows)
         elif csv_fields is not None:
@@ -130,6 +132,21 @@ def why(row: dict[str, Any], places: Sequence[Place]) -> str | None:
         )
         return why_nowhere(requirement, places)
     return None
+
+
+def refused(refusals: Sequence[Refusal]) -> str | None:
+    """Which hosts could not start a task, the latest first, and why that one could not; None if there are none."""
+    if not refusals:
+        return None
+    hosts = ", ".join(refusal.host for refusal in reversed(refusals))
+    return f"refused by {hosts}: {refusals[-1].message}"
+
+
+def _refusals(farm: Farm, rows: Iterable[dict[str, Any]]) -> dict[int, list[Refusal]]:
+    """Of those that wait for a host."""
+    waiting = [row["id"] for row in rows if row["state"] in READY_STATES]
+    with farm.store.connect() as connection:
+        return farm.store.refusals.of(connection, waiting) if waiting else {}
 
 
 def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:

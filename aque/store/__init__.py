@@ -10,6 +10,7 @@ from aque.store.engine import (
     transaction,
 )
 from aque.store.limits import LimitRow
+from aque.store.refusals import Refusal
 from aque.store.store import (
     Finding,
     Finished,
@@ -32,6 +33,7 @@ __all__ = [
     "Killed",
     "LimitRow",
     "Orders",
+    "Refusal",
     "Released",
     "Store",
     "StoredResult",

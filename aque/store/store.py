@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy as sa
 
 from aque import deps
+from aque.backoff import NOTHING_AVOIDED, Avoided
 from aque.chooser import Place
 from aque.errors import BadInput, BadStateDirectory, UnknownTask
 from aque.resources import Capacity, CpuRequest, parse_resources
@@ -33,6 +34,7 @@ from aque.store import schema
 from aque.store import statements as sql
 from aque.store.engine import copy_rows, inside_transaction, open_engine, reachable, transaction, why_not_personal
 from aque.store.limits import Limits
+from aque.store.refusals import Refusals
 from aque.store.reservations import Reservations
 from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
@@ -76,6 +78,7 @@ class Finished(Released):
     ended: dict[int, State] = field(default_factory=dict)
     repeated: list[int] = field(default_factory=list)  #: failed or lost, and ready for another attempt
     refused: list[int] = field(default_factory=list)  #: the claim no longer stands: nothing was written
+    elsewhere: list[int] = field(default_factory=list)  #: of `repeated`: this host could not start them
 
 
 @dataclass(slots=True)
@@ -148,11 +151,12 @@ class WorkerRow:
         """The worker as the choice sees it."""
         info = self.info
         resources = parse_resources(info.resources)
+        whole = Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots, resources)
         return Place(
             info.host,
             info.platform,
             frozenset(info.queues),
-            Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots, resources),
+            whole,
             info.user,
             info.switches_user,
             self.draining,
@@ -204,6 +208,7 @@ class Store:
         self.limits = Limits(self.dialect)
         self.host = socket.gethostname()
         self.reservations = Reservations(self.dialect)
+        self.refusals = Refusals(self.dialect)
         self._requirement_ids: dict[Requirement, int] = {}
         self._requirements: dict[int, Requirement] = {}
         self._environment_ids: set[str] = set()
@@ -402,11 +407,16 @@ class Store:
                 self._requirements[row.id] = _requirement(row)
         return {i: self._requirements[i] for i in wanted}
 
-    def candidates(self, connection: sa.Connection, unfit: Iterable[int], limit: int) -> dict[int, list[ReadyTask]]:
-        """Up to `limit` ready tasks of each requirement class but those in `unfit`, best first within a class."""
-        parameters = {"unfit": list(unfit), "limit": limit}
+    def candidates(
+        self, connection: sa.Connection, unfit: Iterable[int], limit: int, avoided: Avoided = NOTHING_AVOIDED
+    ) -> dict[int, list[ReadyTask]]:
+        """Up to `limit` ready tasks of each requirement class, best first within a class, but for the classes in `unfit` and
+        what is `avoided`."""
+        parameters = {"unfit": [*unfit, *avoided.classes], "limit": limit}
         by_class: dict[int, list[ReadyTask]] = {}
-        for row in connection.execute(sql.candidates(self.dialect), parameters):
+        if left_out := bool(avoided.tasks or avoided.jobs):
+            parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs)}
+        for row in connection.execute(sql.candidates(self.dialect, left_out), parameters):
             by_class.setdefault(row.requirement_id, []).append(_ready(row))
         for ready in by_class.values():  # the join gives them in no promised order
             ready.sort(key=lambda t: (-t.priority, -t.duration, t.id))
@@ -502,15 +512,18 @@ class Store:
         if rows:
             connection.execute(sql.start(self.dialect), {"rows": json.dumps(rows)})
 
-    def give_back(self, connection: sa.Connection, claims: Iterable[tuple[int, int]]) -> list[int]:
-        """Make these active tasks, as (id, token), ready again without spending an attempt; returns which were."""
+    def give_back(
+        self, connection: sa.Connection, claims: Iterable[tuple[int, int]], reason: Reason | None = None
+    ) -> list[int]:
+        """Make these active tasks, as (id, token), ready again without spending an attempt; returns which were. `reason` is
+        kept with the attempts."""
         rows = [{"id": i, "token": token} for i, token in claims]
         if not rows:
             return []
         moved = connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)}).all()
         returned = [row.id for row in moved]
         if returned:
-            self._keep_attempts(connection, returned, "given back", None)
+            self._keep_attempts(connection, returned, "given back", reason)
             self._free_tokens(connection, moved)
         return returned
 

@@ -31,16 +31,21 @@ def _ready_classes() -> sa.CTE:
 
 
 @cache
-def candidates(dialect: str) -> Statement:
-    """The first `limit` ready tasks of each requirement class, without the classes in `unfit`."""
+def candidates(dialect: str, left_out: bool = False) -> Statement:
+    """The first `limit` ready tasks of each requirement class, without the classes in `unfit`; with `left_out`, without the
+    tasks in `tasks` and those of the jobs in `jobs`, which the index passes over one by one."""
     found = _ready_classes()
     fit = sa.select(found.c.id).where(found.c.id.is_not(None), sa.not_(one_of(dialect, found.c.id, "unfit"))).cte("fit")
+    may_be_claimed = is_state(State.READY)
+    if left_out:
+        others = (sa.not_(one_of(dialect, task.c.id, "tasks")), sa.not_(one_of(dialect, task.c.job_id, "jobs")))
+        may_be_claimed = sa.and_(may_be_claimed, *others)
     wanted = per_class(
         dialect,
         fit,
         task,
         task.c.requirement_id,
-        is_state(State.READY),
+        may_be_claimed,
         (task.c.rank.desc(), task.c.duration.desc(), task.c.id),
         "limit",
     ).subquery("first_rows")
