@@ -210,12 +210,12 @@ class Mounts:
             return False
         if isinstance(found, bytes) and links < MOST_LINKS:
             self._ask(question, found, links + 1)
-            return False
+            return self._pending[question].is_hung
         there = _There(question.path, os.strerror(errno.ELOOP), Cost.ABSENT) if isinstance(found, bytes) else found
         del self._pending[question]
         if mount_of(there.real, self._mounts) not in (looker.mount, None):  # something has been mounted there meanwhile
             self._ask(question, question.path)
-            return False
+            return self._pending[question].is_hung
         now = time.monotonic()
         fresh_until = now + min(max(AGE_SECONDS, 1000 * took), LONGEST_AGE_SECONDS)
         before = self._answers.get(question)

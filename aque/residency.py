@@ -38,20 +38,22 @@ def is_cached(path: bytes) -> bool:
     """True if nine tenths of a file's pages are in memory; of a directory, those of 32 of its files. False for what is
     empty, cannot be read, or is neither. `path` holds no symbolic links. Blocks as long as the file system does."""
     try:
-        mode = os.lstat(path).st_mode
-        if stat.S_ISREG(mode):
-            files = [path]
-        elif stat.S_ISDIR(mode):
-            with os.scandir(path) as entries:
-                regular = (e.path for e in islice(entries, ENTRIES) if e.is_file(follow_symlinks=False))
-                files = list(islice(regular, SAMPLE))
-        else:
-            return False
+        counts = [pages(file) for file in _files(path)]
     except OSError:
         return False
-    counts = [pages(file) for file in files]
     cached, total = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     return total > 0 and cached >= ENOUGH * total
+
+
+def _files(path: bytes) -> list[bytes]:
+    mode = os.lstat(path).st_mode
+    if stat.S_ISREG(mode):
+        return [path]
+    if not stat.S_ISDIR(mode):
+        return []
+    with os.scandir(path) as entries:
+        regular = (e.path for e in islice(entries, ENTRIES) if e.is_file(follow_symlinks=False))
+        return list(islice(regular, SAMPLE))
 
 
 def pages(path: bytes) -> tuple[int, int]:

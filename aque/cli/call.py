@@ -52,8 +52,8 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
     context = click.get_current_context()
     if not chosen["interpreter"]:  # another one may have modules that are not here
         own = _options_of(_function(function), *_arguments(words))
-        if chosen["no_io"]:
-            own.pop("io", None)
+        if chosen["io"] or chosen["no_io"]:  # what the caller says of its paths replaces all that the task says
+            own = {name: value for name, value in own.items() if name not in ("io", "no_io")}
         chosen |= {
             name: value
             for name, value in own.items()
@@ -98,6 +98,8 @@ def _options_of(found: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str
         given["no_io"] = not given.pop("io")
     if "io_paths" in given:
         given["io"] = given.pop("io_paths")
+    if given.get("no_io"):
+        given.pop("io", None)
     if callable(given.get("io")):
         try:
             given["io"] = given["io"](*args, **kwargs)
