@@ -6,14 +6,15 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from aque import doorbell, durations
+from aque import doorbell, durations, hints
 from aque.durations import RunTime
 from aque.errors import BadInput
+from aque.looks import FileSystems, Looks
 from aque.machine import user_name
 from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memory, parse_resources
 from aque.settings import Settings
@@ -61,7 +62,8 @@ class Options:
     tags: str | tuple[str, ...] = ""  #: that the worker must have; `!tag` excludes
     requires_paths: tuple[str | bytes, ...] = ()  #: that the host must have
     duration: float | str = 0.0  #: expected seconds, or as in "2x" how many times the average of its priority
-    io_paths: tuple[str | bytes, ...] = ()
+    io_paths: tuple[str | bytes, ...] = ()  #: that it reads or writes; of a command, if none: its words that are paths
+    io: bool = True  #: False: without io_paths
     time_limit: float | None = None  #: seconds, then it is killed
     soft_time_limit: float | None = None  #: seconds, then it is asked to end
     max_attempts: int = 1
@@ -131,6 +133,7 @@ class Submitter:
         self.settings = settings
         self._expectations = _Expectations(store)
         self._user = user_name()
+        self._file_systems = FileSystems()
         self._lock = threading.Lock()
         self._ids: list[int] = []
         self._block = 1
@@ -161,9 +164,13 @@ class Submitter:
             return self._ids.pop()
 
     def submit(self, specs: Sequence[TaskSpec]) -> dict[int, State]:
-        """All of these tasks or, with an error, none. Their first states."""
+        """All of these tasks or, with an error, none. Their first states.
+
+        Looks for the paths among the words of commands: one submission of many commands has fewer looks than many of one.
+        """
         if limited := {spec.requirement.limits for spec in specs if spec.requirement.limits}:
             self._check_limits([parse_limits(limits) for limits in limited])
+        specs = self._with_hints(specs)
 
         def work() -> dict[int, State]:
             with self.store.connect() as connection:
@@ -193,6 +200,35 @@ class Submitter:
         self._limits_read_at = time.monotonic()
         if why_not := _beyond(wanted, self._limits):
             raise BadInput(why_not)
+
+    def _with_hints(self, specs: Sequence[TaskSpec]) -> Sequence[TaskSpec]:
+        """The same with their `io_paths`, their size, and what stands for them in the requirement."""
+        looks: Looks | None = None
+        paths: dict[int, tuple[bytes, ...]] = {}  # by position
+        for position, spec in enumerate(specs):
+            found = spec.io_paths
+            if found is None:
+                words = (*spec.argv, *_files(spec.redirections))
+                if len(words) > 1:
+                    looks = looks or Looks(self._file_systems)
+                    found = hints.paths_in(words, spec.cwd, looks.prefix)
+            if found:
+                paths[position] = found
+        if not paths:
+            return specs
+        looks = looks or Looks(self._file_systems)
+        places = hints.places(list(paths.values()), looks.mounts)
+        requirements = _Placed()
+        wanted = [requirements[specs[i].requirement, place] for i, place in zip(paths, places, strict=True)]
+        with self.store.connect() as connection:
+            if self.store.is_crowded(connection, set(wanted)):
+                points = [hints.mount_points(found, looks.mounts) for found in paths.values()]
+                wanted = [requirements[specs[i].requirement, place] for i, place in zip(paths, points, strict=True)]
+        hinted = list(specs)
+        for (i, found), requirement in zip(paths.items(), wanted, strict=True):
+            size = sum(map(looks.size, found))
+            hinted[i] = replace(specs[i], io_paths=found, io_bytes=size, requirement=requirement)
+        return hinted
 
     def command(
         self,
@@ -225,6 +261,8 @@ class Submitter:
             )
         if stdin is not None and redirections.stdin is not None:
             raise BadInput("stdin can be bytes or a file, not both. Nothing was submitted.")
+        there = _path("cwd", cwd) if cwd is not None else os.getcwdb()
+        guesses = options.io and not options.io_paths and self.settings.io_hints
         return self._spec(
             task_id,
             options,
@@ -234,7 +272,8 @@ class Submitter:
             stdin=stdin,
             redirections=redirections,
             login=login,
-            cwd=_path("cwd", cwd) if cwd is not None else os.getcwdb(),
+            cwd=there,
+            io_paths=None if guesses else _io_paths(options, there),
             umask=_umask(),
             environment=_environment(os.environb if env is None else env),
         )
@@ -253,6 +292,7 @@ class Submitter:
                 "strict_lease is for commands: a function runs in a child of its worker, and nobody could end it there while "
                 "the worker itself stands still. Nothing was submitted: let a command call the function."
             )
+        cwd = os.getcwdb()
         return self._spec(
             task_id,
             options,
@@ -261,7 +301,8 @@ class Submitter:
             function=function,
             arguments=arguments,
             inputs=tuple(inputs),
-            cwd=os.getcwdb(),
+            cwd=cwd,
+            io_paths=_io_paths(options, cwd),
             umask=_umask(),
             # A pool's child has the worker's environment: only who runs it apart needs the submitter's.
             environment=_environment(os.environb) if options.interpreter or self.settings.is_shared else b"",
@@ -306,7 +347,6 @@ class Submitter:
             age_rank=-int(self.settings.priority_per_hour * time.time() / 3600),
             duration=duration,
             relative_duration=relative_duration,
-            io_paths=_paths("io_paths", options.io_paths),
             dependencies=dependencies,
             job_id=options.job_id,
             parent_id=options.parent_id if options.parent_id is not None else self._parent(),
@@ -463,6 +503,25 @@ def _paths(what: str, paths: Iterable[str | bytes]) -> tuple[bytes, ...]:
     if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
         raise BadInput(f"{what} must be a list of paths, not {paths!r:.60}. Nothing was submitted.")
     return tuple(_path(what, path) for path in paths)
+
+
+def _io_paths(options: Options, cwd: bytes) -> tuple[bytes, ...]:
+    """The paths that were given, absolute, each once."""
+    if not options.io:
+        return ()
+    return tuple(dict.fromkeys(hints.absolute(path, cwd) for path in _paths("io_paths", options.io_paths)))
+
+
+def _files(redirections: Redirections) -> Iterator[bytes]:
+    return filter(None, (redirections.stdin, redirections.stdout, redirections.stderr))
+
+
+class _Placed(dict[tuple[Requirement, tuple[bytes, ...]], Requirement]):
+    """A requirement and its places -> the requirement with them: there are few, for many tasks."""
+
+    def __missing__(self, key: tuple[Requirement, tuple[bytes, ...]]) -> Requirement:
+        self[key] = replace(key[0], places=key[1])
+        return self[key]
 
 
 def _umask() -> int:

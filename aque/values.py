@@ -85,7 +85,9 @@ class TaskSpec:
     umask: int = 0o022
     environment: bytes = b""  #: NAME=VALUE, each ended by NUL; empty for PYTHON that only a pool may run
     import_path: tuple[str, ...] = ()  #: PYTHON: the submitter's, for the message when the import fails on a worker
-    io_paths: tuple[bytes, ...] = ()
+    io_paths: (
+        tuple[bytes, ...] | None
+    ) = ()  #: absolute; None: SHELL, those of its words that are paths, see `Submitter.submit`
     io_bytes: int = 0  #: their size, as the submitter sees it; 0: unknown
     dependencies: tuple[Dependency, ...] = ()
     job_id: int | None = None  #: None: its own job

@@ -62,7 +62,13 @@ _WHAT = [
     click.option("--after", metavar="IDS", multiple=True, help="Start when these tasks have succeeded."),
     click.option("--after-any", metavar="IDS", multiple=True, help="Start when these tasks have ended, however."),
     click.option("--after-failed", metavar="IDS", multiple=True, help="Start when these tasks have not succeeded."),
-    click.option("--io", metavar="PATH", multiple=True, help="A path that it reads or writes. May be repeated."),
+    click.option(
+        "--io",
+        metavar="PATH",
+        multiple=True,
+        help="A path that it reads or writes, in place of those that its words name. Repeatable.",
+    ),
+    click.option("--no-io", is_flag=True, help="It reads and writes nothing to speak of, whatever its words name."),
     click.option(
         "--duration",
         metavar="TIME",
@@ -122,6 +128,8 @@ def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
                 raise BadInput(
                     f"task {upstream} is named by two of --after, --after-any and --after-failed: choose one."
                 )
+    if chosen["io"] and chosen["no_io"]:
+        raise BadInput("--io names paths and --no-io says that there are none: choose one. Nothing was submitted.")
     return Options(
         name=chosen["name"],
         queue=chosen["queue"],
@@ -136,6 +144,7 @@ def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
         requires_paths=chosen["requires"],
         duration=chosen["duration"],
         io_paths=chosen["io"],
+        io=not chosen["no_io"],
         time_limit=chosen["time_limit"],
         soft_time_limit=chosen["soft_time_limit"],
         user=chosen["user"],

@@ -1,6 +1,7 @@
 """`aque status`: list tasks, and say why they are not running."""
 
 import csv
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -163,7 +164,16 @@ def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:
 
 def _csv_fields(text: str) -> tuple[str, ...]:
     fields = tuple(word.strip() for word in text.split(","))
-    known = (*dict.fromkeys([*FIELDS, *_FOR_WHY]), "layer", "seq", "lost", "progress", "celery_id", "why")
+    known = (
+        *dict.fromkeys([*FIELDS, *_FOR_WHY]),
+        "layer",
+        "seq",
+        "lost",
+        "progress",
+        "celery_id",
+        "places",
+        "why",
+    )
     for name in fields:
         if name not in known:
             raise BadInput(f"there is no field {name!r}; there are: {', '.join(known)}.")
@@ -206,6 +216,8 @@ def _print_csv(rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> None:
 
 
 def _csv_value(value: Any) -> str:
+    if isinstance(value, tuple):  # of paths
+        return " ".join(escape(os.fsdecode(path)) for path in value)
     if isinstance(value, list):
         return " ".join(map(str, value))
     if isinstance(value, datetime):

@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
+from aque import hints
 from aque.errors import BadStateDirectory, StoreUnreachable
 
 T = TypeVar("T")
@@ -29,27 +30,6 @@ DatabaseError = sa.exc.DBAPIError
 #: SQLSTATEs after which the same transaction may simply be run again: serialization failure, deadlock, a lock that was not
 #: free in time (see `lock_table`).
 RETRY_STATES = frozenset({"40001", "40P01", "55P03"})
-
-#: File systems on which SQLite's locks or its shared memory do not work between machines.
-NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "9p",
-        "afs",
-        "ceph",
-        "glusterfs",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "fuse.sshfs",
-        "ncpfs",
-    }
-)
-
 
 #: How long a connection to SQLite waits for another's transaction.
 BUSY_SECONDS = 30
@@ -230,7 +210,7 @@ def check_state_directory(file: Path) -> None:
     except OSError as error:
         raise BadStateDirectory(f"cannot create the state directory {directory}: {error.strerror}. {advice}") from error
     kind = file_system(directory)
-    if kind in NETWORK_FILE_SYSTEMS:
+    if kind in hints.NETWORK_FILE_SYSTEMS:
         raise BadStateDirectory(
             f"the state directory {directory} is on a network file system ({kind}), where SQLite cannot be shared. {advice}"
         )
@@ -258,21 +238,15 @@ def why_not_personal(file: Path) -> str | None:
     return None
 
 
-def file_system(path: Path, mountinfo: str | None = None) -> str:
+def file_system(path: Path, mountinfo: bytes | None = None) -> str:
     """The type of the file system that holds `path`, as in /proc/self/mountinfo; "" where that cannot be told."""
     if mountinfo is None:
         try:
-            mountinfo = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+            mountinfo = Path("/proc/self/mountinfo").read_bytes()
         except OSError:
             return ""
-    real, best, kind = os.path.realpath(path), "", ""
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        point = left.split()[4].replace("\\040", " ")
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, right.split()[0]
-    return kind
+    mount = hints.mount_of(os.path.realpath(os.fsencode(path)), hints.parse_mounts(mountinfo))
+    return mount.kind if mount else ""
 
 
 def shown_url(url: str | sa.URL) -> str:

@@ -59,6 +59,8 @@ STDOUT_LIMIT = 64 << 10
 PIECES = 64
 #: From this many rows on COPY is faster than an INSERT with its parameters.
 COPY_FROM = 100
+#: See `Store.is_crowded`.
+MOST_CLASSES = 256
 
 
 @dataclass(slots=True)
@@ -313,6 +315,15 @@ class Store:
                 connection.execute(sql.add_environment(self.dialect), {"id": digest, "content": content})
                 self._environment_ids.add(digest)
 
+    def is_crowded(self, connection: sa.Connection, requirements: Iterable[Requirement]) -> bool:
+        """True if some of these classes have places and are new, while so many classes with places have ready tasks that
+        more of them would make every claim slower."""
+        new = {r for r in requirements if r.places and r not in self._requirement_ids}
+        digests = [_requirement_key(requirement)["digest"] for requirement in new]
+        if not new or connection.execute(sql.known_digests(), {"digests": digests}).scalar_one() == len(new):
+            return False
+        return bool(connection.execute(sql.ready_classes_with_places(self.dialect)).scalar_one() > MOST_CLASSES)
+
     def _requirement_id(self, connection: sa.Connection, requirement: Requirement) -> int:
         key = _requirement_key(requirement)
         found = connection.execute(sql.find_requirement(), key).scalar()
@@ -384,7 +395,7 @@ class Store:
             spec.umask,
             _digest(spec.environment) if spec.environment else None,
             _json_list(spec.import_path) if spec.import_path else b"",
-            _join(spec.io_paths),
+            _join(spec.io_paths or ()),
             spec.time_limit_seconds,
             spec.soft_time_limit_seconds,
             spec.strict_lease,
