@@ -20,8 +20,10 @@ from typing import Any, Literal, Protocol
 from aque import chooser, claimer, doorbell, durations, finisher
 from aque.backfill import Busy, expected_end
 from aque.backoff import Backoff
+from aque.classes import Classes
 from aque.errors import StoreError
 from aque.ledger import Ledger
+from aque.mounts import Mounts
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
@@ -136,7 +138,9 @@ class Scheduler:
         self._until = until
         self._on_end = on_end
         self._is_urgent = is_urgent
-        self._claimer = claimer.Claimer(store, settings, place, self._seconds)
+        self._mounts = Mounts(place.host, self.look)
+        self._classes = Classes(store, settings, place, self._mounts)
+        self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds)
         self._backoff = Backoff(settings.back_off_seconds)
         self._lock = threading.Lock()
         self._worker_id = self.worker_id = worker_id
@@ -220,7 +224,7 @@ class Scheduler:
     def serve(self, queues: Iterable[str]) -> None:
         """Claim from these queues from now on."""
         names = frozenset(queues)
-        self._claimer.serve(names)
+        self._classes.serve(names)
         with self._store.connect() as connection:
             self._store.set_queues(connection, self._worker_id, names)
         self.look()
@@ -266,7 +270,7 @@ class Scheduler:
 
     def commands_only(self) -> None:
         """Claim nothing more but commands, which can be handed over, and give back what has not started."""
-        self._claimer.commands_only()
+        self._classes.commands_only()
         self._commands_only = True
         self.look()
 
@@ -393,6 +397,7 @@ class Scheduler:
                     left = bool(self._batch)
                 if not left or pause > 1.0:
                     break
+        self._mounts.close()
         self._disconnect()
 
     def _wait(self, pause: float) -> None:
@@ -497,7 +502,7 @@ class Scheduler:
         return [*busy, Busy(other)]
 
     def _reserve(self, tasks: list[ReadyTask]) -> list[ReadyTask]:
-        return [task for task in tasks if self._ledger.try_reserve(self._claimer.need(task.class_id))]
+        return [task for task in tasks if self._ledger.try_reserve(self._classes.need(task.class_id))]
 
     def _take_batch(self) -> Batch:
         """What there is to write; output only when it is due or there is something else to write."""
@@ -551,7 +556,7 @@ class Scheduler:
                 buffered = self._claimer.claim(connection, picked.ahead, self._worker_id, token + 1, State.CLAIMED)
         except Exception as error:
             for task in reserved:
-                self._ledger.release(self._claimer.need(task.class_id))
+                self._ledger.release(self._classes.need(task.class_id))
             with self._lock:
                 self._batch.put_back(batch)
                 self._writing = Batch()
@@ -587,7 +592,7 @@ class Scheduler:
         got = {task.id for task in started}
         for task in reserved:
             if task.id not in got:
-                self._ledger.release(self._claimer.need(task.class_id))
+                self._ledger.release(self._classes.need(task.class_id))
         if finished.refused:
             logger.warning("lost_lease: the outcomes of tasks %s were refused, others have them", finished.refused[:20])
         rings = set()
@@ -619,7 +624,7 @@ class Scheduler:
     def _start_all(self, connection: Any, tasks: list[ClaimedTask]) -> None:
         self._started_any = self._started_any or bool(tasks)
         for task in self._with_inputs(connection, tasks, reserved=True):
-            entry = Entry(task, self._claimer.need(task.class_id), time.monotonic())
+            entry = Entry(task, self._classes.need(task.class_id), time.monotonic())
             with self._lock:
                 self._running[task.id] = entry
             self._begin(entry)
@@ -635,7 +640,7 @@ class Scheduler:
                 values |= self._store.values(connection, missing)
         except Exception:  # none of them has started: they go back when the connection does
             for task in tasks if reserved else ():
-                self._ledger.release(self._claimer.need(task.class_id))
+                self._ledger.release(self._classes.need(task.class_id))
             raise
         complete = []
         for task in tasks:
@@ -646,7 +651,7 @@ class Scheduler:
                         Outcome(task.id, task.attempt, task.token, State.ERROR, Reason.INPUTS_TOO_LARGE)
                     )
                 if reserved:
-                    self._ledger.release(self._claimer.need(task.class_id))
+                    self._ledger.release(self._classes.need(task.class_id))
                 self._wake()
             else:
                 complete.append(replace(task, results=results))
@@ -674,7 +679,7 @@ class Scheduler:
             with self._lock:
                 if not self._buffer or self._draining or self._drained or self._claimer.is_holding:
                     return
-                need = self._claimer.need(self._buffer[0].class_id)
+                need = self._classes.need(self._buffer[0].class_id)
                 if not self._ledger.try_reserve(need):
                     return
                 task = self._buffer.popleft()
@@ -765,6 +770,11 @@ class Scheduler:
                 entry.attempt.kill(9, 0.0)
 
     # -- what this host cannot start -----------------------------------------------------------------------------------
+
+    @property
+    def missing_paths(self) -> dict[bytes, str]:
+        """Paths that ready tasks require and that this host has not, as of the last look: why not."""
+        return self._classes.missing_paths
 
     def avoids(self) -> tuple[str, ...]:
         """What is not claimed for a while, as sentences."""

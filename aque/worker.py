@@ -58,7 +58,7 @@ class AqueWorker:
         self.strangers = strangers
         self.signals = signals
         self.is_described = worker_id is None
-        self._avoids_shown: tuple[str, ...] | None = None
+        self._avoids_shown: tuple[tuple[str, ...], dict[bytes, str]] | None = None
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
         self.whole = _whole(settings, worker.pool)
@@ -194,10 +194,10 @@ class AqueWorker:
 
     def _show_avoided(self, connection: Any) -> None:
         """Write what is not claimed for a while, if that has changed; the image before this one may have left something."""
-        avoids = self.scheduler.avoids()
-        if avoids != self._avoids_shown:
-            self.store.refusals.set_avoids(connection, self.worker_id, avoids)
-            self._avoids_shown = avoids
+        shown = self.scheduler.avoids(), self.scheduler.missing_paths
+        if shown != self._avoids_shown:
+            self.store.refusals.set_avoids(connection, self.worker_id, *shown)
+            self._avoids_shown = shown
 
     def register(self, draining: bool = False) -> int:
         """A new incarnation of this worker in the table; its id."""
@@ -216,7 +216,7 @@ class AqueWorker:
             (worker_id,) = self.store.reserve_ids(connection, 1)
             self.store.register(connection, self._info(worker_id), draining)
         self.worker_id = worker_id
-        self._avoids_shown = ()
+        self._avoids_shown = (), {}
         self.runner.lease_until = before + self.settings.lease_seconds
         return worker_id
 

@@ -1,7 +1,8 @@
 """Which hosts could not start which tasks, and what workers therefore leave to others for a while."""
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -42,7 +43,14 @@ class Refusals:
             found.setdefault(row.task_id, []).append(refusal)
         return found
 
-    def set_avoids(self, connection: sa.Connection, worker_id: int, sentences: Sequence[str]) -> None:
-        """What this worker does not claim for a while, for people."""
-        parameters = {"which_worker": worker_id, "new_avoids": json.dumps(list(sentences))}
+    def set_avoids(
+        self, connection: sa.Connection, worker_id: int, sentences: Sequence[str], missing_paths: Mapping[bytes, str]
+    ) -> None:
+        """What this worker does not claim for a while, for people, and what its host has not of what tasks require."""
+        missing = {os.fsdecode(path): why for path, why in missing_paths.items()}
+        parameters = {
+            "which_worker": worker_id,
+            "new_avoids": json.dumps(list(sentences)),
+            "new_missing": json.dumps(missing),
+        }
         connection.execute(sql.set_avoids(), parameters)

@@ -178,7 +178,7 @@ def test_a_worker_that_avoids_nothing_asks_the_ordinary_question(store: Store) -
 
 def test_what_a_worker_avoids_is_in_its_row(store: Store, bad: int) -> None:
     with store.begin() as connection:
-        store.refusals.set_avoids(connection, bad, (f"job 12: {WHY} (until 10:41 UTC)",))
+        store.refusals.set_avoids(connection, bad, (f"job 12: {WHY} (until 10:41 UTC)",), {b"/shots": "No such file"})
         rows = {row.info.id: row.avoids for row in store.workers(connection)}
     assert rows[bad] == (f"job 12: {WHY} (until 10:41 UTC)",)
     assert set(rows.values()) == {rows[bad], ()}

@@ -30,7 +30,10 @@ def refusals(dialect: str) -> Statement:
 
 @cache
 def set_avoids() -> Statement:
-    """What `which_worker` does not claim for a while, as sentences (a JSON list)."""
+    """What `which_worker` does not claim for a while, as sentences (a JSON list), and which required paths its host has not (a
+    JSON object)."""
     return (
-        sa.update(worker).where(worker.c.id == sa.bindparam("which_worker")).values(avoids=sa.bindparam("new_avoids"))
+        sa.update(worker)
+        .where(worker.c.id == sa.bindparam("which_worker"))
+        .values(avoids=sa.bindparam("new_avoids"), missing_paths=sa.bindparam("new_missing"))
     )
