@@ -84,8 +84,8 @@ def pages(path: bytes) -> tuple[int, int]:
 
 
 def _may_be_locked_here(path: bytes) -> bool:
-    """True for a file that this process has open, and for an SQLite database in use. To close any descriptor of a file drops all
-    record locks that the process holds on it: an embedded store would lose its own, and with them its integrity."""
+    """True for a file that this process has open, and for an SQLite database in use. To close any descriptor of a file drops
+    all record locks that the process holds on it: an embedded store would lose its own, and with them its integrity."""
     if path.endswith(_OF_SQLITE) or any(os.path.lexists(path + suffix) for suffix in _OF_SQLITE):
         return True
     wanted = os.lstat(path)
