@@ -1,13 +1,18 @@
-"""The policy: which ready tasks a worker starts with what it has free. Pure: no clock, no database.
+"""The policy: which ready tasks a worker starts with what it has free, and for which it keeps room. Pure: no clock, no
+database.
 
-Order: priority (higher first), then expected duration (longest first), then id; first fit among those that fit.
+Order: priority (higher first), fewest CPUs running for the user, IO cost here, expected duration (longest first), id; first
+fit among those that fit.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from heapq import merge
+from fractions import Fraction
+from heapq import heapify, heappop, heapreplace, merge
 
+from aque.backfill import Hold, is_overtaken, may_fill
 from aque.resources import Capacity, CpuRequest, format_cpus, parse_resources
 from aque.values import ClaimedTask, Pattern, ReadyTask, Requirement
 
@@ -106,32 +111,185 @@ def why_nowhere(requirement: Requirement, places: Sequence[Place]) -> str | None
 
 
 def order(task: ReadyTask) -> tuple[int, float, int]:
-    """Sort key: smaller starts first."""
+    """Sort key within a requirement class: smaller starts first."""
     return -task.priority, -task.duration, task.id
 
 
-def choose(
-    ready: Iterable[Sequence[ReadyTask]], free: Capacity, needs: Mapping[int, Capacity], limit: int
-) -> tuple[list[ReadyTask], Capacity]:
-    """The tasks to start now, first fit in order, and what is free after them.
+@dataclass(frozen=True, slots=True)
+class Class:
+    """A requirement class as this worker sees it now: what one task of it takes, and what speaks for it here."""
 
-    `ready` holds one sequence per requirement class, each sorted by `order`; `needs` maps class ids to what one task of
-    it reserves here. A class of which one task does not fit is passed over for the rest of the round: with less free,
-    the next would not fit either.
+    need: Capacity
+    user: str = ""
+    cost: int = 0  #: of its files here, see `hints.Cost`: smaller starts first
+    limits: Mapping[str, int] = field(default_factory=dict)  #: tokens of farm-wide limits
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """The best task of a class of which one does not start now, and why."""
+
+    task: ReadyTask
+    why: str
+    lacks_capacity: bool = False  #: of this worker
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to start, in order; what is free after that; and what has to wait, one entry a class."""
+
+    start: list[ReadyTask]
+    free: Capacity
+    blocked: list[Blocked]
+
+
+def choose(
+    ready: Mapping[int, Sequence[ReadyTask]],
+    classes: Mapping[int, Class],
+    free: Capacity,
+    limit: int,
+    *,
+    now: float = 0.0,
+    tokens: Mapping[str, int] | None = None,
+    usage: Mapping[str, Fraction] | None = None,
+    hold: Hold | None = None,
+    seconds: Callable[[str], float | None] = lambda name: None,
+) -> Choice:
+    """The tasks to start now: first fit in order of priority, fewest CPUs running for the user, IO cost here, expected
+    duration (longest first), id.
+
+    `ready` holds the tasks of each class sorted by `order`; `tokens` what is free of farm-wide limits (a name that is not in
+    it bounds nothing); `usage` the CPUs that run for each user (None: users do not count). A class of which one task does not
+    fit is passed over for the rest of the round: with less free, the next would not fit either. While this worker has a
+    `hold`, tasks of no higher priority may only fill what does not delay that one; `seconds` gives the measured run time of
+    tasks with a name whose duration nobody has told.
     """
-    chosen: list[ReadyTask] = []
-    full: set[int] = set()
-    for task in merge(*ready, key=order):
-        if len(chosen) >= limit:
-            break
-        if task.class_id in full:
-            continue
-        if free.lacking(needs[task.class_id]) is not None:
-            full.add(task.class_id)
-            continue
-        free = free - needs[task.class_id]
-        chosen.append(task)
-    return chosen, free
+    left = dict(tokens or {})
+    used = defaultdict(Fraction, usage or {})
+    spare = Capacity() if hold is None else hold.forecast.spare
+    queues: dict[str, list[_Head]] = {}
+    for class_id, tasks in ready.items():
+        if tasks:
+            user = classes[class_id].user if usage is not None else ""
+            queues.setdefault(user, []).append(_Head(classes[class_id], iter(tasks), hold))
+    for queue in queues.values():
+        heapify(queue)
+    start: list[ReadyTask] = []
+    blocked: list[Blocked] = []
+    while queues and len(start) < limit:
+        user = min(queues, key=lambda user: queues[user][0].key_for(used[user]))
+        head = queues[user][0]
+        task, kind = head.task, head.of
+        if why := _why_not(kind, free, left):
+            blocked.append(Blocked(task, why, lacks_capacity=free.lacking(kind.need) is not None))
+            heappop(queues[user])
+        else:
+            way: str | None = "ahead"
+            if hold is not None and task.id != hold.task_id and task.priority <= hold.priority:
+                expected = task.duration or seconds(task.name) or 0.0
+                way = may_fill(kind.need, expected, spare, hold.forecast.at, now)
+            if way is not None:
+                if way == "room":
+                    spare = spare - kind.need
+                start.append(task)
+                free = free - kind.need
+                used[user] += kind.need.cpus
+                for name, number in kind.limits.items():
+                    if name in left:
+                        left[name] -= number
+            elif head.is_first_refusal():
+                assert hold is not None
+                blocked.append(Blocked(task, f"room is kept for task {hold.task_id}"))
+            if head.advance():
+                heapreplace(queues[user], head)
+            else:
+                heappop(queues[user])
+        if not queues[user]:
+            del queues[user]
+    return Choice(start, free, blocked)
+
+
+def _why_not(kind: Class, free: Capacity, tokens: Mapping[str, int]) -> str | None:
+    lacking = free.lacking(kind.need)
+    if lacking is not None:
+        return lacking
+    for name, number in kind.limits.items():
+        if tokens.get(name, number) < number:
+            return f"limit {name}: needs {number}, {tokens[name]} of it free"
+    return None
+
+
+class _Head:
+    """The tasks of a class that are left, by the best of them."""
+
+    __slots__ = ("_held", "_key", "_refused", "_tasks", "of", "task")
+
+    def __init__(self, of: Class, tasks: Iterator[ReadyTask], hold: Hold | None) -> None:
+        self.of = of
+        self._tasks = tasks
+        self._held = None if hold is None else hold.task_id
+        self._refused = False
+        self.advance()
+
+    def advance(self) -> bool:
+        """Go on to the next task; False: there is none."""
+        task = next(self._tasks, None)
+        if task is not None:
+            self.task = task
+            self._key = (-task.priority, task.id != self._held, self.of.cost, -task.duration, task.id)
+        return task is not None
+
+    def key_for(self, used: Fraction) -> tuple[int, bool, Fraction, int, float, int]:
+        """The whole order, for a user who has so many CPUs running."""
+        priority, is_other, cost, duration, task_id = self._key
+        return priority, is_other, used, cost, duration, task_id
+
+    def is_first_refusal(self) -> bool:
+        """True once."""
+        first, self._refused = not self._refused, True
+        return first
+
+    def __lt__(self, other: "_Head") -> bool:
+        return self._key < other._key
+
+
+def starving(
+    ready: Mapping[int, Sequence[ReadyTask]],
+    classes: Mapping[int, Class],
+    choice: Choice,
+    running: Callable[[], Iterable[Capacity]],
+    now: float,
+    reserve_after: float,
+) -> list[ReadyTask]:
+    """The tasks for which room should be kept, one a class: those that have waited longer than `reserve_after` seconds while
+    smaller ones can take what they wait for; the highest priority first, then the oldest. `running`: what runs here; it is
+    asked only if somebody has waited so long."""
+    aged: list[ReadyTask] = []
+    for blocked in choice.blocked:
+        if blocked.lacks_capacity:
+            best = blocked.task
+            equals = (task for task in ready[best.class_id] if task.priority == best.priority)
+            oldest = min(equals, key=lambda task: (task.ready_at, task.id))
+            if now - oldest.ready_at >= reserve_after:
+                aged.append(oldest)
+    if not aged:
+        return []
+    others = [classes[class_id].need for class_id, tasks in ready.items() if tasks] + list(running())
+    found = [task for task in aged if is_overtaken(classes[task.class_id].need, choice.free, others)]
+    return sorted(found, key=lambda task: (-task.priority, task.ready_at, task.id))
+
+
+def at_home(tasks: Sequence[ReadyTask], host: str, now: float, wait: float) -> tuple[list[ReadyTask], float | None]:
+    """Of tasks with files, those that need not wait (any more) for the host on which what they waited for has ended, and when
+    the next of the others need not (None: there are none)."""
+    here, until = [], None
+    for task in tasks:
+        due = task.ready_at + wait
+        if task.near_host in ("", host) or due <= now:
+            here.append(task)
+        else:
+            until = due if until is None else min(until, due)
+    return here, until
 
 
 #: A task is short if its kind has run this fast; only short tasks are claimed ahead of a free place.

@@ -1,38 +1,53 @@
 """claim: look at what is ready, choose what fits here, take it."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from aque import chooser
+from aque.backfill import Hold
 from aque.chooser import Place
 from aque.resources import Capacity
+from aque.roomkeeper import RoomKeeper, Running
+from aque.settings import Settings
 from aque.states import State
 from aque.store import Store
 from aque.values import ClaimedTask, ReadyTask, Requirement
 
 #: Ready tasks looked at per requirement class and round.
 LOOK = 256
+#: What runs for each user is read so often at most.
+USAGE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """What a look found: tasks to start, short tasks to claim ahead, and whether there is more than that."""
+    """What a look found: tasks to start, short tasks to claim ahead, whether there is more than that, and in how many seconds
+    something that waits for a time need not wait any more (None: nothing does)."""
 
     start: list[ReadyTask]
     ahead: list[ReadyTask]
     more: bool
+    again_in: float | None = None
 
 
 class Claimer:
     """Chooses for one worker. `seconds` gives the measured run time of tasks with a name, or None."""
 
-    def __init__(self, store: Store, place: Place, seconds: Callable[[str], float | None]) -> None:
+    def __init__(self, store: Store, settings: Settings, place: Place, seconds: Callable[[str], float | None]) -> None:
         self._store = store
+        self._settings = settings
         self._place = place
         self._seconds = seconds
+        self._keeper = RoomKeeper(store, settings)
         self._needs: dict[int, Capacity] = {}
         self._never: dict[int, bool] = {}
+        self._usage: dict[str, Fraction] = {}
+        self._usage_read_at = 0.0
+        self._waiting_priority: int | None = None  #: the highest of what the last look left; None: nothing
+        self._is_contended = False  #: several users had something ready at the last look
 
     def serve(self, queues: frozenset[str]) -> None:
         """Claim from these queues from now on."""
@@ -44,33 +59,99 @@ class Claimer:
         self._place = replace(self._place, whole=replace(self._place.whole, python_slots=0))
         self._never = {}
 
+    @property
+    def is_holding(self) -> bool:
+        """True while this worker keeps room for a task: nothing is claimed ahead of it."""
+        return self._keeper.is_holding
+
     def need(self, class_id: int) -> Capacity:
         """What a task of this class reserves here."""
         return self._needs[class_id]
 
-    def look(self, connection: Any, free: Capacity, buffered: int) -> Picked:
-        """Read what is ready, outside of any transaction, and choose: nothing is claimed yet."""
+    def look(self, connection: Any, worker_id: int, free: Capacity, running: Running, buffered: int) -> Picked:
+        """Read what is ready, outside of any transaction, and choose: nothing is claimed yet. `running` tells what runs here,
+        if that is asked."""
+        now = self._store.now(connection)
         unfit = [class_id for class_id, never in self._never.items() if never]
         found = self._store.candidates(connection, unfit, LOOK)
-        fitting = self._fitting(self._store.requirements(connection, found))
-        ready = [row for class_id, row in found.items() if class_id in fitting]
-        start, _ = chooser.choose(ready, free, fitting, LOOK)
-        chosen = {task.id for task in start}
-        rest = [[task for task in row if task.id not in chosen] for row in ready]
-        ahead = chooser.ahead(rest, self._seconds, buffered, self._place.whole.python_slots)
-        more = any(len(row) >= LOOK for row in ready) or sum(map(len, rest)) > len(ahead)
-        return Picked(start, ahead, more)
+        requirements = self._store.requirements(connection, found)
+        classes = self._classes(requirements)
+        ready: dict[int, list[ReadyTask]] = {}
+        due: list[float] = []
+        for class_id in classes:
+            here, until = self._at_home(found[class_id], requirements[class_id], now)
+            ready[class_id] = here
+            due += [] if until is None else [until]
+        choice = self._choose(connection, worker_id, ready, classes, free, running, now)
+        chosen = {task.id for task in choice.start}
+        rest = {class_id: [task for task in row if task.id not in chosen] for class_id, row in ready.items()}
+        self._waiting_priority = max((row[0].priority for row in rest.values() if row), default=None)
+        ahead: list[ReadyTask] = []
+        if not self.is_holding:
+            simple = [row for class_id, row in rest.items() if not classes[class_id].limits]
+            ahead = chooser.ahead(simple, self._seconds, buffered, self._place.whole.python_slots)
+        more = any(len(row) >= LOOK for row in ready.values()) or sum(map(len, rest.values())) > len(ahead)
+        return Picked(choice.start, ahead, more, min(due) - now if due else None)
+
+    def _choose(
+        self,
+        connection: Any,
+        worker_id: int,
+        ready: dict[int, list[ReadyTask]],
+        classes: dict[int, chooser.Class],
+        free: Capacity,
+        running: Running,
+        now: float,
+    ) -> chooser.Choice:
+        usage = self._read_usage(connection, classes)
+
+        def choose(hold: Hold | None) -> chooser.Choice:
+            return chooser.choose(ready, classes, free, LOOK, now=now, usage=usage, hold=hold, seconds=self._seconds)
+
+        hold = self._keeper.hold(connection, worker_id, free, running, now)
+        choice = choose(hold)
+        if choice.blocked:
+            starving = chooser.starving(
+                ready,
+                classes,
+                choice,
+                lambda: [busy.need for busy in running()],
+                now,
+                self._settings.reserve_after_seconds,
+            )
+            if hold is not None:
+                starving = [task for task in starving if task.priority > hold.priority]
+            if another := self._keeper.consider(connection, worker_id, starving, free, running, now):
+                choice = choose(another)
+        if usage is not None:
+            for task in choice.start:  # until it is read again
+                kind = classes[task.class_id]
+                usage[kind.user] = usage.get(kind.user, Fraction(0)) + kind.need.cpus
+        return choice
+
+    def _read_usage(self, connection: Any, classes: dict[int, chooser.Class]) -> dict[str, Fraction] | None:
+        """The CPUs that run for each user, if several have something ready and share the farm."""
+        self._is_contended = self._settings.is_fair and len({kind.user for kind in classes.values()}) > 1
+        if not self._is_contended:
+            return None
+        if time.monotonic() - self._usage_read_at > USAGE_SECONDS:
+            self._usage = self._store.usage(connection)
+            self._usage_read_at = time.monotonic()
+        return self._usage
 
     def choose_released(self, connection: Any, released: Sequence[ReadyTask], free: Capacity) -> list[ReadyTask]:
-        """Of tasks that this very transaction has released, those that fit here: a chain needs no second look."""
-        classes = self._store.requirements(connection, {task.class_id for task in released})
-        fitting = self._fitting(classes)
+        """Of tasks that this very transaction has released, those that fit here and that nothing goes before: a chain needs no
+        second look."""
+        if self.is_holding or self._is_contended:
+            return []
+        least = self._waiting_priority
+        requirements = self._store.requirements(connection, {task.class_id for task in released})
+        classes = {i: kind for i, kind in self._classes(requirements).items() if not kind.limits}
         rows: dict[int, list[ReadyTask]] = {}
         for task in sorted(released, key=chooser.order):
-            if task.class_id in fitting:
+            if task.class_id in classes and (least is None or task.priority >= least):
                 rows.setdefault(task.class_id, []).append(task)
-        chosen, _ = chooser.choose(rows.values(), free, fitting, LOOK)
-        return chosen
+        return chooser.choose(rows, classes, free, LOOK).start
 
     def claim(
         self, connection: Any, tasks: Sequence[ReadyTask], worker_id: int, token: int, state: State
@@ -78,10 +159,22 @@ class Claimer:
         """Take those that nobody else has taken meanwhile."""
         return self._store.claim(connection, [task.id for task in tasks], worker_id, token, state)
 
-    def _fitting(self, classes: dict[int, Requirement]) -> dict[int, Capacity]:
+    def _classes(self, requirements: dict[int, Requirement]) -> dict[int, chooser.Class]:
+        """Those that this worker can run at all, as it sees them now."""
         never = self._never
-        for class_id, requirement in classes.items():
+        for class_id, requirement in requirements.items():
             if class_id not in never:
                 never[class_id] = chooser.why_never(requirement, self._place) is not None
                 self._needs[class_id] = chooser.need(requirement, self._place)
-        return {class_id: self._needs[class_id] for class_id in classes if not never[class_id]}
+        return {
+            class_id: chooser.Class(self._needs[class_id], requirement.user)
+            for class_id, requirement in requirements.items()
+            if not never[class_id]
+        }
+
+    def _at_home(
+        self, tasks: list[ReadyTask], requirement: Requirement, now: float
+    ) -> tuple[list[ReadyTask], float | None]:
+        if not requirement.places:
+            return tasks, None
+        return chooser.at_home(tasks, self._place.host, now, self._settings.locality_wait_seconds)

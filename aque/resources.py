@@ -186,7 +186,7 @@ class Capacity:
     @property
     def is_overdrawn(self) -> bool:
         """True for what is left of a worker that has promised more than it has."""
-        return any(amount < 0 for _, amount in self._amounts())
+        return any(amount < 0 for _, amount in self.amounts())
 
     def without_debts(self) -> Self:
         """This, with 0 for what is negative."""
@@ -198,7 +198,8 @@ class Capacity:
             {name: n for name, n in self.resources.items() if n > 0} if self.resources else _NOTHING,
         )
 
-    def _amounts(self) -> Iterator[tuple[str, Fraction | int]]:
+    def amounts(self) -> Iterator[tuple[str, Fraction | int]]:
+        """Each thing by its name, and how much of it."""
         yield "cpus", self.cpus
         yield "memory", self.memory_bytes
         yield "python slots", self.python_slots

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from aque import chooser, claimer, doorbell, finisher
+from aque.backfill import Busy, expected_end
 from aque.errors import StoreError
 from aque.ledger import Ledger
 from aque.resources import Capacity
@@ -134,7 +135,7 @@ class Scheduler:
         self._until = until
         self._on_end = on_end
         self._is_urgent = is_urgent
-        self._claimer = claimer.Claimer(store, place, self._seconds)
+        self._claimer = claimer.Claimer(store, settings, place, self._seconds)
         self._lock = threading.Lock()
         self._worker_id = self.worker_id = worker_id
         self._running: dict[int, Entry] = {}
@@ -142,6 +143,7 @@ class Scheduler:
         self._buffered_at = 0.0
         self._claim_ahead = True  #: something has finished since the buffer was given back
         self._looked_at = 0.0
+        self._look_at: float | None = None  #: something that waits for a time is due then (monotonic)
         self._batch = Batch()
         self._writing = Batch()  #: taken from `_batch`, and not known to be in the table yet
         self._output_bytes = 0
@@ -404,16 +406,19 @@ class Scheduler:
                 due.append(self._output_since + OUTPUT_SECONDS - now)
             if self._buffer:
                 due.append(self._buffered_at + BUFFER_SECONDS - now)
+            if self._look_at is not None:
+                due.append(self._look_at - now)
         assert self._bell is not None
         began = time.monotonic()
-        doorbell.wait_readable([self._wake_fd, self._bell.fileno()], min(due))
+        doorbell.wait_readable([self._wake_fd, self._bell.fileno()], max(min(due), 0.0))
         try:
             os.eventfd_read(self._wake_fd)
         except BlockingIOError:
             pass
         rung = self._bell.drain()
         polled = not rung and time.monotonic() - began >= self._settings.poll_seconds * 0.8
-        self._look_ready = self._look_ready or doorbell.READY in rung or polled
+        is_due = self._look_at is not None and time.monotonic() >= self._look_at
+        self._look_ready = self._look_ready or doorbell.READY in rung or polled or is_due
         self._look_kills = self._look_kills or doorbell.KILL in rung or polled
         self._reconcile = self._reconcile or polled
 
@@ -430,9 +435,10 @@ class Scheduler:
         if self._is_urgent():
             self._draining = True
             self._abandon(self._left())
-        if self._draining or self._drained or self._commands_only or self._is_buffer_stale():
-            self._return_buffer()
         picked = self._look(connection)
+        gives_back = self._draining or self._drained or self._commands_only or self._claimer.is_holding
+        if gives_back or self._is_buffer_stale():
+            self._return_buffer()
         # Read before the batch is taken: what ends after that is free here, and not yet in the table.
         free = self._ledger.free
         batch = self._take_batch()
@@ -458,10 +464,26 @@ class Scheduler:
             self._look_ready = False
             self._looked_at = time.monotonic()
             ahead = self._claim_ahead and not full and self._until != "one" and not self._commands_only
-        picked = self._claimer.look(connection, self._ledger.free, buffered)
+        picked = self._claimer.look(
+            connection, self._worker_id, self._ledger.free, lambda: self._busy(connection), buffered
+        )
+        self._look_at = None if picked.again_in is None else time.monotonic() + picked.again_in
         self._waiting = picked.more or bool(picked.ahead)
         start = picked.start[:1] if self._until == "one" else picked.start
         return claimer.Picked(self._reserve(start), picked.ahead if ahead else [], self._waiting)
+
+    def _busy(self, connection: Any) -> list[Busy]:
+        """What runs, and when it is expected to end; ordinary tasks of Celery are one entry."""
+        now, ran = self._store.now(connection), time.monotonic()
+        with self._lock:
+            entries = list(self._running.values())
+            other = self._ledger.whole - self._ledger.free
+        busy = []
+        for entry in entries:
+            other = other - entry.need
+            expected = entry.task.duration or self._seconds(entry.task.name) or 0.0
+            busy.append(Busy(entry.need, expected_end(now - (ran - entry.began), expected, now)))
+        return [*busy, Busy(other)]
 
     def _reserve(self, tasks: list[ReadyTask]) -> list[ReadyTask]:
         return [task for task in tasks if self._ledger.try_reserve(self._claimer.need(task.class_id))]
@@ -633,7 +655,7 @@ class Scheduler:
         """Start what was claimed ahead, as far as it fits."""
         while True:
             with self._lock:
-                if not self._buffer or self._draining or self._drained:
+                if not self._buffer or self._draining or self._drained or self._claimer.is_holding:
                     return
                 need = self._claimer.need(self._buffer[0].class_id)
                 if not self._ledger.try_reserve(need):
@@ -785,7 +807,7 @@ class Scheduler:
         if self._until == "one":
             over = self._started_any
         else:
-            left = self._claimer.look(connection, self._ledger.whole, 0)
+            left = self._claimer.look(connection, self._worker_id, self._ledger.whole, list, 0)
             over = not left.start and not self._store.is_anything_active(connection)
         if over:
             self._draining = True

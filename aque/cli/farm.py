@@ -3,14 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from aque.chooser import Place
 from aque.machine import settings_here
-from aque.resources import Capacity, parse_resources
 from aque.settings import Settings
-from aque.store import Store, WorkerRow, open_store
+from aque.store import Store, open_store
 
 #: So many ids go into one query: databases bound the parameters of a statement.
 BATCH = 1000
@@ -26,7 +24,7 @@ class Farm:
     def places(self) -> list[Place]:
         """The live workers."""
         with self.store.connect() as connection:
-            return [place(row) for row in self.store.workers(connection) if row.is_live]
+            return [row.place for row in self.store.workers(connection) if row.is_live]
 
     def rows(self, ids: Sequence[int], fields: Sequence[str]) -> Iterator[dict[str, Any]]:
         """`fields` of those of `ids` that there are, in id order within each batch."""
@@ -56,24 +54,6 @@ def open_farm() -> Iterator[Farm]:
         yield Farm(settings, store)
     finally:
         store.close()
-
-
-def place(row: WorkerRow) -> Place:
-    """A registered worker as the choice sees it."""
-    info = row.info
-    resources = parse_resources(info.resources)
-    whole = Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots, resources)
-    return Place(
-        info.host,
-        info.platform,
-        frozenset(info.queues),
-        whole,
-        info.user,
-        info.switches_user,
-        row.draining,
-        frozenset(info.tags),
-        row.missing_paths,
-    )
 
 
 def batches(ids: Iterable[int]) -> Iterator[list[int]]:

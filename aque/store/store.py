@@ -24,13 +24,15 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy as sa
 
 from aque import deps
+from aque.chooser import Place
 from aque.errors import BadInput, BadStateDirectory, UnknownTask
-from aque.resources import CpuRequest
+from aque.resources import Capacity, CpuRequest, parse_resources
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
 from aque.store import schema
 from aque.store import statements as sql
 from aque.store.engine import copy_rows, open_engine, reachable, transaction, why_not_personal
+from aque.store.reservations import Reservations
 from aque.store.tables import edge, payload, task
 from aque.values import (
     ClaimedTask,
@@ -137,6 +139,23 @@ class WorkerRow:
         """True while its lease holds and it has not stopped."""
         return self.state == "live" and self.expired_seconds < 0
 
+    @property
+    def place(self) -> Place:
+        """The worker as the choice sees it."""
+        info = self.info
+        resources = parse_resources(info.resources)
+        return Place(
+            info.host,
+            info.platform,
+            frozenset(info.queues),
+            Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots, resources),
+            info.user,
+            info.switches_user,
+            self.draining,
+            frozenset(info.tags),
+            self.missing_paths,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -179,6 +198,7 @@ class Store:
         self.engine = engine
         self.dialect = engine.dialect.name
         self.host = socket.gethostname()
+        self.reservations = Reservations(self.dialect)
         self._requirement_ids: dict[Requirement, int] = {}
         self._requirements: dict[int, Requirement] = {}
         self._environment_ids: set[str] = set()
@@ -248,6 +268,10 @@ class Store:
         """True if `submit` sends one statement for these: it needs no transaction around it, which is two round trips."""
         alone = len(specs) == 1 and not specs[0].dependencies and specs[0].requirement.pattern is not Pattern.GROUP
         return alone and self.dialect == "postgresql"
+
+    def now(self, connection: sa.Connection) -> float:
+        """Seconds since 1970 on the database's clock, as far as it was read within the last minute."""
+        return self._wall(connection, time.monotonic())
 
     def _wall(self, connection: sa.Connection, monotonic: float) -> float:
         """A moment of this process's monotonic clock in seconds since 1970, as the database's clock has it.
@@ -389,6 +413,14 @@ class Store:
             rows = connection.execute(sql.claimed_tasks(self.dialect), {"ids": moved}).all()
         position = {task_id: index for index, task_id in enumerate(ids)}
         return sorted((_claimed(row, token) for row in rows), key=lambda t: position[t.id])
+
+    def usage(self, connection: sa.Connection) -> dict[str, Fraction]:
+        """The CPUs that run for each user on the whole farm."""
+        found: dict[str, Fraction] = {}
+        for row in connection.execute(sql.usage()):
+            cpus = CpuRequest.parse(row.cpus).share(Fraction(row.worker_cpus)) * row.n
+            found[row.user] = found.get(row.user, Fraction(0)) + cpus
+        return found
 
     def values(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, bytes]:
         """The results of these tasks as JSON: `null` where there is none, a command's end and stdout for a command."""

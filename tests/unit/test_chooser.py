@@ -1,15 +1,18 @@
 """The policy: never more than there is, in order, and a reason for everything that does not start."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aque import chooser
-from aque.chooser import Place
+from aque.backfill import Forecast, Hold
+from aque.chooser import Class, Place
 from aque.resources import Capacity, CpuRequest
 from aque.values import Pattern, ReadyTask, Requirement
 
@@ -41,9 +44,20 @@ places = st.builds(
 )
 
 
+Ready = dict[int, list[ReadyTask]]
+
+
+def rows_of(tasks: Iterable[ReadyTask]) -> Ready:
+    """Tasks by class, each class in order, as a worker reads them."""
+    rows: Ready = {}
+    for task in sorted(tasks, key=chooser.order):
+        rows.setdefault(task.class_id, []).append(task)
+    return rows
+
+
 @st.composite
-def ready_tasks(draw: st.DrawFn) -> tuple[list[list[ReadyTask]], dict[int, Requirement]]:
-    """Rows of ready tasks, one per requirement class and each in order, and the classes."""
+def ready_tasks(draw: st.DrawFn) -> tuple[Ready, dict[int, Requirement]]:
+    """Ready tasks by class, and the classes."""
     classes = dict(enumerate(draw(st.lists(requirements, min_size=1, max_size=6)), start=1))
     tasks = [
         ReadyTask(
@@ -55,8 +69,11 @@ def ready_tasks(draw: st.DrawFn) -> tuple[list[list[ReadyTask]], dict[int, Requi
         )
         for task_id in range(1, draw(st.integers(0, 40)) + 1)
     ]
-    rows = [sorted((t for t in tasks if t.class_id == class_id), key=chooser.order) for class_id in classes]
-    return rows, classes
+    return rows_of(tasks), classes
+
+
+def as_seen(classes: dict[int, Requirement], place: Place) -> dict[int, Class]:
+    return {class_id: Class(chooser.need(requirement, place)) for class_id, requirement in classes.items()}
 
 
 def total(needs: Sequence[Capacity]) -> Capacity:
@@ -68,44 +85,44 @@ def total(needs: Sequence[Capacity]) -> Capacity:
 
 @given(ready_tasks(), places, st.integers(0, 50))
 def test_a_worker_never_promises_more_than_it_has_and_leaves_nothing_out_that_fits(
-    ready: tuple[list[list[ReadyTask]], dict[int, Requirement]], place: Place, limit: int
+    ready: tuple[Ready, dict[int, Requirement]], place: Place, limit: int
 ) -> None:
-    rows, classes = ready
-    needs = {class_id: chooser.need(requirement, place) for class_id, requirement in classes.items()}
-    chosen, free = chooser.choose(rows, place.whole, needs, limit)
-    used = total([needs[task.class_id] for task in chosen])
-    assert used + free == place.whole
-    assert min(free.cpus, free.memory_bytes, free.python_slots, free.command_slots) >= 0
-    assert len({task.id for task in chosen}) == len(chosen) <= limit
-    assert chosen == sorted(chosen, key=chooser.order)
-    if len(chosen) < limit:
-        passed_over = {task.class_id for row in rows for task in row} if rows else set()
-        left = {task.class_id for row in rows for task in row if task not in chosen} & passed_over
-        assert all(free.lacking(needs[class_id]) is not None for class_id in left)
+    rows, requirements = ready
+    classes = as_seen(requirements, place)
+    choice = chooser.choose(rows, classes, place.whole, limit)
+    used = total([classes[task.class_id].need for task in choice.start])
+    assert used + choice.free == place.whole
+    assert not choice.free.is_overdrawn
+    assert len({task.id for task in choice.start}) == len(choice.start) <= limit
+    assert choice.start == sorted(choice.start, key=chooser.order)
+    if len(choice.start) < limit:
+        left = {task.class_id for row in rows.values() for task in row if task not in choice.start}
+        assert all(choice.free.lacking(classes[class_id].need) is not None for class_id in left)
+        assert {blocked.task.class_id for blocked in choice.blocked} == left
 
 
 @given(ready_tasks(), places)
 def test_a_task_waits_only_if_it_did_not_fit_beside_those_before_it(
-    ready: tuple[list[list[ReadyTask]], dict[int, Requirement]], place: Place
+    ready: tuple[Ready, dict[int, Requirement]], place: Place
 ) -> None:
-    rows, classes = ready
-    needs = {class_id: chooser.need(requirement, place) for class_id, requirement in classes.items()}
-    chosen, _ = chooser.choose(rows, place.whole, needs, 1000)
+    rows, requirements = ready
+    classes = as_seen(requirements, place)
+    choice = chooser.choose(rows, classes, place.whole, 1000)
     free = place.whole
-    for task in sorted((task for row in rows for task in row), key=chooser.order):
-        fits = free.lacking(needs[task.class_id]) is None
-        assert fits == (task in chosen)
+    for task in sorted((task for row in rows.values() for task in row), key=chooser.order):
+        fits = free.lacking(classes[task.class_id].need) is None
+        assert fits == (task in choice.start)
         if fits:
-            free = free - needs[task.class_id]
+            free = free - classes[task.class_id].need
 
 
-@given(st.integers(1, 250), st.integers(1, 512), st.integers(1, 3))
+@given(st.integers(1, 1000), st.integers(1, 512), st.integers(1, 3))
 def test_n_tasks_of_one_nth_fit_exactly_n_times(n: int, cpus: int, divisor: int) -> None:
-    place = Place("here", "linux", frozenset({"celery"}), Capacity(Fraction(cpus, divisor), GIB, 1000, 0))
+    place = Place("here", "linux", frozenset({"celery"}), Capacity(Fraction(cpus, divisor), GIB, 1001, 0))
     need = chooser.need(Requirement("celery", Pattern.PYTHON, f"1/{n}"), place)
     row = [ReadyTask(task_id, 1, 0, 0.0, "name") for task_id in range(1, n + 3)]
-    chosen, free = chooser.choose([row], place.whole, {1: need}, 1000)
-    assert ([task.id for task in chosen], free.cpus) == (list(range(1, n + 1)), 0)
+    choice = chooser.choose({1: row}, {1: Class(need)}, place.whole, 2000)
+    assert ([task.id for task in choice.start], choice.free.cpus) == (list(range(1, n + 1)), 0)
 
 
 @given(requirements, places)
@@ -114,8 +131,8 @@ def test_what_a_worker_can_never_run_says_why_and_everything_else_runs_on_it_whe
 ) -> None:
     need = chooser.need(requirement, place)
     reason = chooser.why_never(requirement, place)
-    chosen, _ = chooser.choose([[ReadyTask(1, 1, 0, 0.0, "name")]], place.whole, {1: need}, 1)
-    assert bool(chosen) == (reason is None)
+    choice = chooser.choose({1: [ReadyTask(1, 1, 0, 0.0, "name")]}, {1: Class(need)}, place.whole, 1)
+    assert bool(choice.start) == (reason is None)
     assert (chooser.why_nowhere(requirement, [place]) is None) == (reason is None)
 
 
@@ -131,10 +148,157 @@ def test_order_is_priority_then_expected_duration_then_id() -> None:
 
 
 def test_a_task_that_does_not_fit_does_not_hold_up_smaller_ones_of_another_class() -> None:
-    needs = {1: Capacity(Fraction(4)), 2: Capacity(Fraction(1))}
-    rows = [[ReadyTask(1, 1, 9, 0.0, "large")], [ReadyTask(n, 2, 0, 0.0, "small") for n in range(2, 9)]]
-    chosen, _ = chooser.choose(rows, Capacity(Fraction(3)), needs, 64)
-    assert [task.id for task in chosen] == [2, 3, 4]
+    classes = {1: cpus(4), 2: cpus(1)}
+    rows = rows_of([ReadyTask(1, 1, 9, 0.0, "large"), *(ReadyTask(n, 2, 0, 0.0, "small") for n in range(2, 9))])
+    choice = chooser.choose(rows, classes, Capacity(Fraction(3)), 64)
+    assert [task.id for task in choice.start] == [2, 3, 4]
+    assert [(b.task.id, b.why) for b in choice.blocked] == [
+        (1, "needs 4 cpus, there are 3"),
+        (5, "needs 1 cpus, there are 0"),
+    ]
+
+
+def cpus(number: int | str | Fraction, **more: Any) -> Class:
+    return Class(Capacity(Fraction(number)), **more)
+
+
+def started(choice: chooser.Choice) -> list[int]:
+    return [task.id for task in choice.start]
+
+
+# -- users, files, limits ----------------------------------------------------------------------------------------------
+
+
+def test_of_equal_priorities_the_user_with_the_fewest_cpus_running_is_next() -> None:
+    classes = {1: cpus(1, user="anna"), 2: cpus(1, user="bob")}
+    rows = rows_of(
+        [ReadyTask(n, 1, 0, 0.0, "") for n in range(1, 7)] + [ReadyTask(n, 2, 0, 0.0, "") for n in (7, 8, 9)]
+    )
+    running = {"anna": Fraction(2)}
+    assert started(chooser.choose(rows, classes, Capacity(Fraction(6)), 64, usage=running)) == [7, 8, 1, 9, 2, 3]
+    assert started(chooser.choose(rows, classes, Capacity(Fraction(6)), 64)) == [1, 2, 3, 4, 5, 6]
+    urgent = rows_of([ReadyTask(1, 1, 1, 0.0, ""), ReadyTask(7, 2, 0, 0.0, "")])
+    assert started(chooser.choose(urgent, classes, Capacity(Fraction(1)), 64, usage=running)) == [1]
+
+
+def test_of_equal_priorities_tasks_whose_files_are_cheaper_here_start_first_whatever_their_length() -> None:
+    classes = {1: cpus(1, cost=2), 2: cpus(1, cost=0), 3: cpus(1, cost=1)}
+    tasks = [
+        ReadyTask(1, 1, 0, 90.0, ""),
+        ReadyTask(2, 2, 0, 1.0, ""),
+        ReadyTask(3, 2, 0, 5.0, ""),
+        ReadyTask(4, 3, 0, 0.0, ""),
+    ]
+    everything = Capacity(Fraction(4))
+    assert started(chooser.choose(rows_of(tasks), classes, everything, 64)) == [3, 2, 4, 1]
+    urgent = [ReadyTask(5, 1, 1, 0.0, ""), *tasks]
+    assert started(chooser.choose(rows_of(urgent), classes, everything, 64)) == [5, 3, 2, 4]
+
+
+def test_no_more_start_than_a_limit_has_free_and_others_go_on() -> None:
+    classes = {
+        1: cpus(0, limits={"nuke": 2}),
+        2: cpus(0, limits={"nuke": 1}),
+        3: cpus(0),
+        4: cpus(0, limits={"unset": 9}),
+    }
+    rows = rows_of([ReadyTask(n, n % 4 + 1, 0, 0.0, "") for n in range(16)])
+    choice = chooser.choose(rows, classes, Capacity(), 64, tokens={"nuke": 5})
+    taken = sum(classes[task.class_id].limits.get("nuke", 0) for task in choice.start)
+    assert taken == 5
+    assert {task.class_id for task in choice.start} >= {3, 4}
+    assert {blocked.why for blocked in choice.blocked} == {
+        "limit nuke: needs 2, 0 of it free",
+        "limit nuke: needs 1, 0 of it free",
+    }
+    assert not any(blocked.lacks_capacity for blocked in choice.blocked)
+
+
+def test_a_task_with_files_waits_a_moment_for_the_host_where_its_input_was_made() -> None:
+    tasks = [
+        ReadyTask(1, 1, 0, 0.0, "", ready_at=100.0, near_host="far"),
+        ReadyTask(2, 1, 0, 0.0, "", ready_at=98.5, near_host="far"),
+        ReadyTask(3, 1, 0, 0.0, "", ready_at=97.0, near_host="far"),
+        ReadyTask(4, 1, 0, 0.0, "", ready_at=100.0, near_host="here"),
+        ReadyTask(5, 1, 0, 0.0, "", ready_at=100.0),
+    ]
+    here, until = chooser.at_home(tasks, "here", 100.0, 3.0)
+    assert ([task.id for task in here], until) == ([3, 4, 5], 101.5)
+    elsewhere, until = chooser.at_home(tasks, "far", 100.0, 3.0)
+    assert ([task.id for task in elsewhere], until) == ([1, 2, 3, 5], 103.0)
+
+
+# -- room for what would starve ----------------------------------------------------------------------------------------
+
+BIG = ReadyTask(1, 1, 0, 0.0, "big", ready_at=0.0)
+BIG_AND_SMALL = {1: cpus(8), 2: cpus(1)}
+
+
+def held(at: float, spare: int, priority: int = 0) -> Hold:
+    return Hold(BIG.id, priority, Forecast(at, Capacity(Fraction(spare))))
+
+
+def test_who_waits_long_while_smaller_ones_start_is_starving_and_nobody_else() -> None:
+    small = [ReadyTask(n, 2, 0, 1.0, "small", ready_at=0.0) for n in range(2, 9)]
+    rows = rows_of([BIG, *small])
+    choice = chooser.choose(rows, BIG_AND_SMALL, Capacity(Fraction(3)), 64)
+
+    def starving(now: float, among: Ready = rows) -> list[int]:
+        return [task.id for task in chooser.starving(among, BIG_AND_SMALL, choice, list, now, 10.0)]
+
+    assert starving(9.9) == []
+    assert starving(10.0) == [1]  # not the small ones that wait too: none is smaller than they
+    only_big = chooser.choose({1: [BIG]}, BIG_AND_SMALL, Capacity(Fraction(3)), 64)
+    needs = lambda: [Capacity(Fraction(1))] * 5  # noqa: E731
+    assert chooser.starving({1: [BIG]}, BIG_AND_SMALL, only_big, needs, 10.0, 10.0) == [BIG]
+    assert chooser.starving({1: [BIG]}, BIG_AND_SMALL, only_big, list, 10.0, 10.0) == []
+
+
+def test_the_highest_priority_then_the_oldest_gets_room_first() -> None:
+    classes = {1: cpus(8), 2: cpus(7), 3: cpus(6), 4: cpus(1)}
+    tasks = [
+        ReadyTask(1, 1, 0, 9.0, "", ready_at=3.0),
+        ReadyTask(2, 2, 0, 0.0, "", ready_at=1.0),
+        ReadyTask(3, 3, 5, 0.0, "", ready_at=4.0),
+        ReadyTask(4, 1, 0, 0.0, "", ready_at=2.0),
+        ReadyTask(5, 4, 0, 0.0, "", ready_at=9.0),
+    ]
+    choice = chooser.choose(rows_of(tasks), classes, Capacity(Fraction(1)), 64)
+    assert [task.id for task in chooser.starving(rows_of(tasks), classes, choice, list, 100.0, 10.0)] == [3, 2, 4]
+
+
+def test_beside_a_hold_starts_only_what_has_ended_by_then_or_fits_beside_it() -> None:
+    small = [
+        ReadyTask(2, 2, 0, 30.0, ""),
+        ReadyTask(3, 2, 0, 5.0, ""),
+        ReadyTask(4, 2, 0, 0.0, ""),
+        ReadyTask(5, 2, 0, 9.0, ""),
+    ]
+    rows = rows_of([BIG, *small])
+    free = Capacity(Fraction(4))
+    in_time = chooser.choose(rows, BIG_AND_SMALL, free, 64, now=100.0, hold=held(109.0, 0))
+    assert started(in_time) == [5, 3]
+    assert "room is kept for task 1" in {blocked.why for blocked in in_time.blocked}
+    assert started(chooser.choose(rows, BIG_AND_SMALL, free, 64, now=100.0, hold=held(105.0, 1))) == [2, 3]
+    assert started(chooser.choose(rows, BIG_AND_SMALL, free, 64, now=100.0, hold=held(math.inf, 2))) == [2, 5]
+
+
+def test_a_higher_priority_does_not_care_for_a_hold_and_the_held_task_is_the_first_of_its_own() -> None:
+    urgent = ReadyTask(9, 2, 1, 900.0, "")
+    rows = rows_of([BIG, urgent, ReadyTask(2, 2, 0, 900.0, "")])
+    assert started(chooser.choose(rows, BIG_AND_SMALL, Capacity(Fraction(4)), 64, hold=held(5.0, 0))) == [9]
+    assert started(chooser.choose(rows, BIG_AND_SMALL, Capacity(Fraction(9)), 64, hold=held(0.0, 1))) == [9, 1]
+
+
+@given(ready_tasks(), places, st.floats(0, 100), st.integers(0, 8))
+def test_with_a_hold_no_worker_promises_more_than_it_has(
+    ready: tuple[Ready, dict[int, Requirement]], place: Place, at: float, spare: int
+) -> None:
+    rows, requirements = ready
+    classes = as_seen(requirements, place)
+    choice = chooser.choose(rows, classes, place.whole, 1000, hold=Hold(1, 0, Forecast(at, Capacity(Fraction(spare)))))
+    assert total([classes[task.class_id].need for task in choice.start]) + choice.free == place.whole
+    assert not choice.free.is_overdrawn
 
 
 @pytest.mark.parametrize(

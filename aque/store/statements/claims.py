@@ -184,3 +184,20 @@ def give_back(dialect: str) -> Statement:
         )
         .returning(task.c.id)
     )
+
+
+@cache
+def usage() -> Statement:
+    """How many tasks of each user run, by what they reserve of a worker with how many CPUs."""
+    return (
+        sa.select(
+            requirement.c.user, requirement.c.cpus, worker.c.cpus.label("worker_cpus"), sa.func.count().label("n")
+        )
+        .select_from(
+            task.join(worker, worker.c.id == task.c.worker_id).join(
+                requirement, requirement.c.id == task.c.requirement_id
+            )
+        )
+        .where(is_state(State.RUNNING))
+        .group_by(requirement.c.user, requirement.c.cpus, worker.c.cpus)
+    )
