@@ -1,6 +1,7 @@
 """The functions of Aque's side of the benchmarks, and the app that its worker loads: `celery -A benchmarks.aque_tasks worker`.
 
-They do what the tasks in `benchmarks/peers.py` and `benchmarks/packing_peers.py` do. A captured command is no function here: Aque runs commands itself.
+They do what the tasks in `benchmarks/peers.py` and `benchmarks/packing_peers.py` do. A captured command is no function here:
+Aque runs commands itself.
 """
 
 import time

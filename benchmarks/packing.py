@@ -1,4 +1,4 @@
-"""`python -m benchmarks.packing`: how well tasks of different sizes fill two CPUs, beside Ray and Dask; see docs/benchmarks.md."""
+"""`python -m benchmarks.packing`: how well tasks of many sizes fill two CPUs, beside Ray and Dask; see docs/benchmarks.md."""
 
 import argparse
 import json
@@ -25,8 +25,8 @@ from aque.resources import Capacity
 from benchmarks import packing_peers, simulator
 from benchmarks.__main__ import entered, forget_settings
 from benchmarks.aque_side import AquePostgreSQL, AqueSide, AqueSQLite
+from benchmarks.farm_policies import Skip
 from benchmarks.harness import RESULTS, describe_machine, describe_versions
-from benchmarks.policies import Skip
 
 CPUS = 2
 TASKS = 60
@@ -121,7 +121,8 @@ def tasks_of(seed: int) -> list[Task]:
 
 def lower_bound(tasks: Sequence[Task]) -> float:
     """Seconds that no order can beat on `CPUS` CPUs."""
-    return max(sum(task.cpus * task.seconds for task in tasks) / CPUS, max(task.seconds for task in tasks))
+    work = sum(task.cpus * task.seconds for task in tasks)
+    return max(work / CPUS, *(task.seconds for task in tasks))
 
 
 def peak(tasks: Sequence[Task], spans: Sequence[tuple[float, float]]) -> float:
@@ -252,14 +253,20 @@ def our_rows(side: AqueSide) -> Iterator[Row]:
 
 def peer_rows(versions: dict[str, str]) -> Iterator[Row]:
     for name in ("ray", "dask"):
-        for order, key in (("in this order", given), ("longest first", longest), ("widest, then longest first", widest)):
+        for order, key in (
+            ("in this order", given),
+            ("longest first", longest),
+            ("widest, then longest first", widest),
+        ):
             yield Row(f"{name.capitalize()}, {order}", partial(peer, name, key, versions))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if something could not be measured, or Aque has reserved more than there is."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.packing", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the three sets of tasks (default: 3)")
+    parser.add_argument(
+        "--seeds", type=int, default=len(SEEDS), help="how many of the three sets of tasks (default: 3)"
+    )
     parser.add_argument("--only", choices=("aque", "peers"), help="one side alone")
     options = parser.parse_args(arguments)
     seeds = SEEDS[: options.seeds]

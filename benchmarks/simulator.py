@@ -1,8 +1,8 @@
 """A farm under a fake clock: workers that pull from one queue, each deciding by itself what to start. Nothing sleeps.
 
 A worker looks when one of its tasks ends, when tasks arrive (the doorbell), and at polls. What it starts is the business of
-a policy (see `benchmarks.policies`); that no worker ever promises more than it has, and that every task runs once, is asserted
-here in every run.
+a policy (see `benchmarks.farm_policies`); that no worker ever promises more than it has, and that every task runs once, is
+asserted here in every run.
 """
 
 import heapq
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice
-from typing import Protocol
 
 from aque.resources import Capacity
 
@@ -98,17 +97,26 @@ class Farm:
         del row[place]
 
 
-class Policy(Protocol):
-    """What one worker starts. A policy may keep what the farm's common table would keep, such as reservations."""
+class Policy:
+    """What workers start. It may keep what the farm's common table would keep, such as reservations."""
 
-    order: Order
+    def __init__(self, order: Order = as_given) -> None:
+        self.order = order
 
     def start(self, farm: Farm, worker: Worker, now: float) -> Sequence[Task]:
         """Of the waiting tasks, those that `worker` starts now."""
+        raise NotImplementedError
+
+    def ended(self, worker: Worker, task: Task) -> None:
+        """A task has ended on this worker, which looks next."""
 
 
 def simulate(
-    workers: Sequence[Capacity], tasks: Sequence[Task], policy: Policy, seed: int = 0, poll_seconds: float = POLL_SECONDS
+    workers: Sequence[Capacity],
+    tasks: Sequence[Task],
+    policy: Policy,
+    seed: int = 0,
+    poll_seconds: float = POLL_SECONDS,
 ) -> list[Run]:
     """Run all tasks; `seed` decides who hears a bell first, and when in a period a worker polls."""
     chance = random.Random(seed)
@@ -139,6 +147,7 @@ def simulate(
             else:
                 del worker.running[task]
                 worker.free = worker.free + task.need
+                policy.ended(worker, task)
         for worker in chance.sample(list(looking.values()), len(looking)):
             for task in policy.start(farm, worker, now):
                 farm.remove(task)
