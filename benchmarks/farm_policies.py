@@ -183,7 +183,7 @@ class Aque(Policy):
 
         hold = self._hold(worker, now)
         choice = choose(hold)
-        if choice.blocked:
+        if choice.blocked and now - self.looked_at.get(worker.number, -UNKNOWN) >= LOOK_SECONDS:
             running = [task.need for task in worker.running]
             starving = chooser.starving(ready, classes, choice, lambda: running, now, self.after)
             if hold is not None:
@@ -226,7 +226,7 @@ class Aque(Policy):
         return None if task is None else Hold(task.id, 0, self._forecast(worker, task.need, now))
 
     def _consider(self, farm: Farm, worker: Worker, starving: Sequence[ReadyTask], now: float) -> Hold | None:
-        if not starving or now - self.looked_at.get(worker.number, -UNKNOWN) < LOOK_SECONDS:
+        if not starving:
             return None
         self.looked_at[worker.number] = now
         left = [self.tasks[task.id] for task in starving if self.tasks[task.id] not in self.kept.values()]

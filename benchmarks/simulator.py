@@ -129,7 +129,9 @@ def simulate(
     numbers = iter(range(len(events), 1 << 60))
     events += [(chance.uniform(0, poll_seconds), next(numbers), worker, None) for worker in farm.workers]
     heapq.heapify(events)
-    too_late = max(task.arrives for task in tasks) + sum(task.seconds for task in tasks) + len(tasks) * poll_seconds
+    too_late = (
+        max(task.arrives for task in tasks) + sum(task.seconds for task in tasks) + (len(tasks) + 9) * poll_seconds
+    )
     while len(runs) < len(tasks) or any(worker.running for worker in farm.workers):
         now = events[0][0]
         assert now <= too_late, f"{len(tasks) - len(runs)} tasks never start"
