@@ -90,6 +90,7 @@ def test_who_holds_no_reservation_takes_the_task_over_if_it_fits_there_first() -
 def test_aque_starts_the_longest_first_and_keeps_room_for_the_big_task() -> None:
     assert starts(Aque(UNKNOWN), known=True) == {"a": 0, "b": 0, "d": 2, "c": 4, "e": 7, "big": 11}
     assert starts(Aque(0), known=True) == {"a": 0, "b": 0, "e": 2, "big": 4, "c": 5, "d": 5}
+    assert starts(Aque(after=1), known=True) == starts(Aque(0), known=True)  # `b` ends when it has waited long enough
     assert starts(Aque(0)) == {"a": 0, "b": 0, "big": 4, "c": 5, "d": 5, "e": 8}
     assert starts(Aque(after=5), known=True) == starts(Aque(UNKNOWN), known=True)
 
