@@ -6,7 +6,7 @@ fit among those that fit.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -136,11 +136,13 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to start, in order; what is free after that; and what has to wait, one entry a class."""
+    """What to start, in order; what is free after that; what has to wait, one entry a class; and whether the choice ended where
+    nobody knew what is next."""
 
     start: list[ReadyTask]
     free: Capacity
     blocked: list[Blocked]
+    is_cut: bool = False
 
 
 def choose(
@@ -154,6 +156,7 @@ def choose(
     usage: Mapping[str, Fraction] | None = None,
     hold: Hold | None = None,
     seconds: Callable[[str], float | None] = lambda name: None,
+    cut: Container[int] = (),
 ) -> Choice:
     """The tasks to start now: first fit in order of priority, fewest CPUs running for the user, IO cost here, expected
     duration (longest first), id.
@@ -162,7 +165,9 @@ def choose(
     it bounds nothing); `usage` the CPUs that run for each user (None: users do not count). A class of which one task does not
     fit is passed over for the rest of the round: with less free, the next would not fit either. While this worker has a
     `hold`, tasks of no higher priority may only fill what does not delay that one; `seconds` gives the measured run time of
-    tasks with a name whose duration nobody has told.
+    tasks with a name whose duration nobody has told. `cut` holds the classes of which there are
+    more tasks than were read: when the last of one has been chosen, the choice ends, because the next might go before all
+    others.
     """
     left = dict(tokens or {})
     used = defaultdict(Fraction, usage or {})
@@ -176,6 +181,7 @@ def choose(
         heapify(queue)
     start: list[ReadyTask] = []
     blocked: list[Blocked] = []
+    is_cut = False
     while queues and len(start) < limit:
         user = min(queues, key=lambda user: queues[user][0].key_for(used[user]))
         head = queues[user][0]
@@ -202,11 +208,14 @@ def choose(
                 blocked.append(Blocked(task, f"room is kept for task {hold.task_id}"))
             if head.advance():
                 heapreplace(queues[user], head)
+            elif task.class_id in cut:
+                is_cut = True
+                break
             else:
                 heappop(queues[user])
         if not queues[user]:
             del queues[user]
-    return Choice(start, free, blocked)
+    return Choice(start, free, blocked, is_cut)
 
 
 def _why_not(kind: Class, free: Capacity, tokens: Mapping[str, int]) -> str | None:

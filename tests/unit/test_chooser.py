@@ -158,6 +158,17 @@ def test_a_task_that_does_not_fit_does_not_hold_up_smaller_ones_of_another_class
     ]
 
 
+def test_where_not_all_of_a_class_was_read_nothing_starts_that_might_stand_behind_the_rest() -> None:
+    classes = {1: cpus(1), 2: cpus(1)}
+    rows = rows_of([ReadyTask(1, 1, 5, 0.0, ""), ReadyTask(2, 1, 5, 0.0, ""), ReadyTask(3, 2, 0, 0.0, "")])
+    everything = chooser.choose(rows, classes, Capacity(Fraction(4)), 64)
+    assert (started(everything), everything.is_cut) == ([1, 2, 3], False)
+    first = chooser.choose(rows, classes, Capacity(Fraction(4)), 64, cut={1})
+    assert (started(first), first.is_cut) == ([1, 2], True)
+    full = chooser.choose(rows, classes, Capacity(Fraction(1)), 64, cut={1})
+    assert (started(full), full.is_cut) == ([1], False)
+
+
 def cpus(number: int | str | Fraction, **more: Any) -> Class:
     return Class(Capacity(Fraction(number)), **more)
 
