@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from aque import backfill, chooser
 from aque.backfill import Busy, Forecast, Hold, Load
-from aque.claimer import LOOK
+from aque.claimer import FEWEST, MOST, ROWS
 from aque.resources import Capacity
 from aque.roomkeeper import LOOK_SECONDS
 from aque.scheduler import SMOOTHING
@@ -170,15 +170,25 @@ class Aque(Policy):
     def start(self, farm: Farm, worker: Worker, now: float) -> Sequence[Task]:
         classes: dict[int, chooser.Class] = {}
         ready: dict[int, list[ReadyTask]] = {}
+        cut: set[int] = set()  # what is left out is seen at the next look, which is not at once as it is there
+        window = min(max(ROWS // max(sum(map(bool, farm.waiting.values())), 1), FEWEST), MOST)
         for kind, row in farm.waiting.items():
             if row and worker.whole.lacking(row[0].need) is None:
                 number = self.kinds.setdefault(kind, len(self.kinds))
                 classes[number] = chooser.Class(row[0].need, cost=self.cost(worker.number, kind))
-                ready[number] = [self._ready(task) for task in row[:LOOK]]
+                ready[number] = [self._ready(task) for task in row[:window]]
+                cut.update([number] if len(row) >= window else [])
 
         def choose(hold: Hold | None) -> chooser.Choice:
             return chooser.choose(
-                ready, classes, worker.free, LOOK, now=now, hold=hold, seconds=lambda name: self._seconds(worker, name)
+                ready,
+                classes,
+                worker.free,
+                MOST,
+                now=now,
+                hold=hold,
+                seconds=lambda name: self._seconds(worker, name),
+                cut=cut,
             )
 
         hold = self._hold(worker, now)

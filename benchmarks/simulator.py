@@ -17,7 +17,7 @@ from aque.resources import Capacity
 
 #: A worker whose bell was not heard looks so often, in seconds.
 POLL_SECONDS = 1.0
-#: Ready tasks that a worker looks at, of each kind; as `aque.claimer.LOOK`.
+#: Ready tasks that a worker looks at, of each kind; as `aque.claimer.MOST`.
 LOOK = 256
 
 
