@@ -299,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows, seeds))
     print(f"\n{describe_machine()['cpus']} CPUs; load before: {load:.1f}")
     print("; ".join(f"{name} {version}" for name, version in versions.items()))
+    if load > 0.5 * CPUS:
+        print("The machine was busy with something else when this began: do not quote these figures.")
     print("\n".join(filter(None, (row.broken() for row in rows))))
     write(rows, versions, load)
     over = any(result.peak > CPUS for row in rows if row.is_ours for result in row.results or ())
