@@ -11,14 +11,13 @@ from typing import Any
 
 import click
 
-from aque.chooser import Place, why_nowhere
+from aque import observer
 from aque.cli import ids
-from aque.cli.farm import Farm, open_farm
+from aque.cli.farm import Farm, batches, open_farm
 from aque.cli.show import as_json, columns, count, escape, span, timestamp
 from aque.errors import BadInput
 from aque.machine import user_name
 from aque.states import COMPLETE_STATES, READY_STATES, UNREADY_STATES, State
-from aque.values import Pattern, Requirement
 
 #: What `--json` prints, in this order; programs rely on it.
 FIELDS = (
@@ -27,9 +26,11 @@ FIELDS = (
 )  # fmt: skip
 #: What `why` is made of.
 _NOT_STARTED = READY_STATES | UNREADY_STATES
-_FOR_WHY = (
-    "state", "cpus", "memory", "queue", "pattern", "host", "platform", "user", "interpreter", "resources", "limits", "tags",
-    "requires_paths", "unmet",
+_FOR_WHY = ("id", "state", "unmet")
+#: What can be asked for besides.
+_MORE = (
+    "queue", "pattern", "host", "platform", "user", "interpreter", "resources", "limits", "tags", "requires_paths", "unmet",
+    "layer", "seq", "lost", "progress", "duration", "celery_id", "why",
 )  # fmt: skip
 _TABLE = (
     "id", "state", "reason", "exit_code", "signal", "cpus", "memory", "worker", "submitted_at", "started_at",
@@ -92,9 +93,9 @@ def command(
             if row.get("state") in _NOT_STARTED:  # what an earlier attempt has left says nothing about now
                 row.update(dict.fromkeys({"worker", "started_at"} & row.keys()))
         if needs_why:
-            places = farm.places()
+            ready = _whys(farm, rows)
             for row in rows:
-                row["why"] = why(row, places)
+                row["why"] = ready.get(row["id"]) or _why(row)
         if as_lines_of_json:
             _print_json(rows)
         elif csv_fields is not None:
@@ -104,30 +105,20 @@ def command(
     return 0
 
 
-def why(row: dict[str, Any], places: Sequence[Place]) -> str | None:
-    """Why a task does not run and will not soon, for people; None if there is nothing to say."""
+def _why(row: dict[str, Any]) -> str | None:
+    """Why a task that is not ready does not run, for people; None if there is nothing to say."""
     state = State(row["state"])
     if state is State.PENDING and row["unmet"]:
         return f"waits for {count(row['unmet'], 'task')}"
-    if state is State.HELD:
-        return "held"
-    if state is State.READY:
-        requirement = Requirement(
-            row["queue"],
-            Pattern(row["pattern"]),
-            row["cpus"],
-            row["memory"],
-            row["host"],
-            row["platform"],
-            row["user"],
-            row["interpreter"],
-            row["resources"],
-            row["limits"],
-            row["tags"],
-            row["requires_paths"],
-        )
-        return why_nowhere(requirement, places)
-    return None
+    return "held" if state is State.HELD else None
+
+
+def _whys(farm: Farm, rows: Sequence[dict[str, Any]]) -> dict[int, str | None]:
+    """Why the ready ones among these tasks do not run."""
+    found: dict[int, str | None] = {}
+    for batch in batches(row["id"] for row in rows if row["state"] in READY_STATES):
+        found |= observer.whys(farm.store, farm.settings, batch)
+    return found
 
 
 def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:
@@ -144,7 +135,7 @@ def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:
 
 def _csv_fields(text: str) -> tuple[str, ...]:
     fields = tuple(word.strip() for word in text.split(","))
-    known = (*dict.fromkeys([*FIELDS, *_FOR_WHY]), "layer", "seq", "lost", "progress", "duration", "celery_id", "why")
+    known = (*FIELDS, *_MORE)
     for name in fields:
         if name not in known:
             raise BadInput(f"there is no field {name!r}; there are: {', '.join(known)}.")
