@@ -174,13 +174,29 @@ class Situation:
     def _nowhere(self) -> dict[int, str | None]:
         return {class_id: chooser.why_nowhere(wanted, self.places) for class_id, wanted in self.requirements.items()}
 
+    @cached_property
+    def _able(self) -> dict[int, list[Worker]]:
+        """The workers that could run a class and may claim."""
+        return {
+            class_id: [w for w in self.workers if not w.place.draining and chooser.why_never(wanted, w.place) is None]
+            for class_id, wanted in self.requirements.items()
+        }
+
+    @cached_property
+    def _short(self) -> dict[int, list[Reason]]:
+        return {class_id: self._short_of(wanted) for class_id, wanted in self.requirements.items()}
+
+    @cached_property
+    def _holds(self) -> dict[int, Hold]:
+        return {worker.id: hold for worker in self.workers if (hold := self._hold(worker)) is not None}
+
     def tokens(self, requirement: Requirement) -> dict[str, int]:
         """The tokens of farm-wide limits that such a task takes."""
         wanted = {name: n for name, n in parse_limits(requirement.limits).items() if name in self.limits}
         mine = f"user:{requirement.user}"
         return wanted | ({mine: 1} if mine in self.limits else {})
 
-    def hold(self, worker: Worker) -> Hold | None:
+    def _hold(self, worker: Worker) -> Hold | None:
         """What this worker keeps room for."""
         subject = self.subjects.get(self.kept.get(worker.id, 0))
         if subject is None or subject.class_id is None:
@@ -188,9 +204,13 @@ class Situation:
         need = chooser.need(self.requirements[subject.class_id], worker.place)
         return Hold(subject.id, subject.rank, forecast(need, worker.free, worker.running, self.now))
 
+    @cached_property
+    def _holders(self) -> dict[int, Worker]:
+        return {self.kept[worker.id]: worker for worker in self.workers if worker.id in self.kept}
+
     def holder(self, task_id: int) -> Worker | None:
         """The worker that keeps room for this task."""
-        return next((worker for worker in self.workers if self.kept.get(worker.id) == task_id), None)
+        return self._holders.get(task_id)
 
     def _choose(self, worker: Worker) -> Choice:
         """What this worker would start now, as far as the table knows."""
@@ -208,7 +228,7 @@ class Situation:
             now=self.now,
             tokens={name: limit.free for name, limit in self.limits.items()},
             usage=self.usage if self._is_fair else None,
-            hold=self.hold(worker),
+            hold=self._holds.get(worker.id),
         )
 
     # -- the parts of an explanation ----------------------------------------------------------------------------------
@@ -227,10 +247,11 @@ class Situation:
 
     def short_of(self, subject: Subject) -> list[Reason]:
         """The farm-wide limits of which it wants more than is free."""
-        if subject.class_id is None:
-            return []
+        return [] if subject.class_id is None else self._short[subject.class_id]
+
+    def _short_of(self, requirement: Requirement) -> list[Reason]:
         found = []
-        for name, wanted in self.tokens(self.requirements[subject.class_id]).items():
+        for name, wanted in self.tokens(requirement).items():
             limit = self.limits[name]
             if limit.free < wanted:
                 held = f" (held by {_tasks(limit.holders)})" if limit.holders else ""
@@ -242,7 +263,7 @@ class Situation:
     def kept_for(self, subject: Subject) -> Reason | None:
         """A worker keeps room for it."""
         worker = self.holder(subject.id)
-        hold = None if worker is None else self.hold(worker)
+        hold = None if worker is None else self._holds.get(worker.id)
         if worker is None or hold is None:
             return None
         when = f", expects to have it {at(hold.forecast.at, self.now)}" if math.isfinite(hold.forecast.at) else ""
@@ -257,12 +278,7 @@ class Situation:
         """How many ready tasks go before it, of those that some worker that could run it could run too."""
         if subject.class_id is None:
             return None
-        able = [
-            worker.place
-            for worker in self.workers
-            if not worker.place.draining
-            and chooser.why_never(self.requirements[subject.class_id], worker.place) is None
-        ]
+        able = [worker.place for worker in self._able[subject.class_id]]
         mine = self._key(subject.class_id, subject.rank, subject.duration, subject.id)
         before, is_exact = 0, not self._is_fair
         for class_id, tasks in self.ready.items():
@@ -306,7 +322,7 @@ class Situation:
                 f"leaves it to {subject.near_host}, where its input was made, until {at(home, now)}",
                 home,
             )
-        need, hold = chooser.need(wanted, place), self.hold(worker)
+        need, hold = chooser.need(wanted, place), self._holds.get(worker.id)
         expects = forecast(need, worker.free, worker.running, now)
         if lacking := worker.free.without_debts().lacking(need):
             when = f": expects room {at(expects.at, now)}" if math.isfinite(expects.at) else ""
@@ -353,9 +369,8 @@ class Situation:
             hosts = ", ".join(refusal.host for refusal in reversed(refusals))
             return f"refused by {hosts}: {refusals[-1].message}"
         assert subject.class_id is not None
-        wanted = self.requirements[subject.class_id]
-        able = [w for w in self.workers if not w.place.draining and chooser.why_never(wanted, w.place) is None]
-        holds = [hold for worker in able if (hold := self.hold(worker)) and hold.priority >= subject.rank]
+        able = self._able[subject.class_id]
+        holds = [hold for w in able if (hold := self._holds.get(w.id)) and hold.priority >= subject.rank]
         if holds and len(holds) == len(able):
             return f"room is kept for {_tasks([hold.task_id for hold in holds])}"
         return "waits for its turn"

@@ -27,8 +27,8 @@ def command(words: tuple[str, ...], as_line_of_json: bool) -> int:
     """Change tasks that have not ended: all of them or, with an error, none.
 
     priority and duration; of tasks that no worker has also queue, cpus, memory, host, platform, resources, limits and tags,
-    as `aque submit` takes them. An empty value takes a wish back: `limits=`. A job's id stands for all of its tasks that can be changed.
-    Waiting work is reordered at once. Exits with 1 if there was nothing to change.
+    as `aque submit` takes them. An empty value takes a wish back: `limits=`. A job's id stands for all of its tasks that can
+    be changed. Waiting work is reordered at once. Exits with 1 if there was nothing to change.
 
     \b
     aque set 12 priority=10
