@@ -2,6 +2,7 @@
 `celery -A aque.celery_app worker`."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ TASK_OPTIONS = (
     "requires_paths",
     "duration",
     "io_paths",
+    "io",
     "time_limit",
     "soft_time_limit",
     "max_attempts",
@@ -175,6 +177,13 @@ class Task(CeleryTask):
     abstract = True
     Strategy = "aque.celery_app:refuse_message"
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Celery makes a class of each decorated function, with the options as its attributes: a function among them would
+        # become a method, and get the task in place of its first argument.
+        if "_decorated" in vars(cls) and inspect.isfunction(vars(cls).get("io_paths")):
+            cls.io_paths = staticmethod(vars(cls)["io_paths"])
+
     def apply_async(
         self,
         args: Sequence[Any] | None = None,
@@ -206,6 +215,8 @@ class Task(CeleryTask):
         arguments, inputs = codec.encode_arguments(args or (), kwargs or {})
         given = {name: getattr(self, name) for name in TASK_OPTIONS if getattr(self, name, None) is not None}
         given |= _known({**(hints or {}), **options})
+        if callable(given.get("io_paths")):
+            given["io_paths"] = given["io_paths"](*(args or ()), **(kwargs or {}))
         edges = _edges({"depends_on": depends_on, "after_any": after_any, "after_failed": after_failed})
         edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
         job = _graph.get()
@@ -258,7 +269,8 @@ def task(*args: Any, **options: Any) -> Any:
     """Make a function a task that goes through the table: `@aque.task` or `@aque.task(cpus=0.5, memory="1G")`.
 
     Takes Celery's options and `queue priority cpus memory resources limits tags host platform requires_paths duration io_paths
-    time_limit soft_time_limit max_attempts requeue layer`.
+    io time_limit soft_time_limit max_attempts requeue layer`. `io_paths` may be a function that gets a call's arguments and
+    returns the list.
     The function must be found by its name in its module: workers import it. The task belongs to the current Celery app.
     """
     for function in args:

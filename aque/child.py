@@ -5,8 +5,10 @@ Only plain bytes and texts go back to the worker: it never unpickles or imports 
 
 import importlib
 import os
+import resource
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from time import monotonic
 from types import FunctionType
 from typing import Any
@@ -19,7 +21,10 @@ from aque import codec, contain
 from aque.states import Reason
 
 #: (True, encoded result or None, its repr for events, seconds), or (False, reason, encoded error, seconds).
-ChildResult = tuple[bool, Any, Any, float]
+Answer = tuple[bool, Any, Any, float]
+#: The fields of `values.Usage`; None in a pool of threads, which share one process.
+Used = tuple[float, int, int, int] | None
+ChildResult = tuple[bool, Any, Any, float, Used]
 
 _loaded: dict[str, Task] = {}
 
@@ -73,20 +78,51 @@ def run(
     import_path: tuple[str, ...],
     result_limit_bytes: int,
     kill_grace_seconds: float,
+    cpus: tuple[int, ...],
 ) -> ChildResult:
-    """Run one attempt; never raises for anything that the task did. No process of the attempt outlives it: a signal that
-    ends this child reached the others too, and leaves them the grace."""
+    """Run one attempt, bound to `cpus` (none: not bound); never raises for anything that the task did. No process of the
+    attempt outlives it: a signal that ends this child reached the others too, and leaves them the grace."""
+    own = {name: os.environ[name] for name in variables if not name.startswith("AQUE_") and name in os.environ}
     os.environ.update(variables)
     before, grace_seconds = contain.present(), kill_grace_seconds
+    affinity = os.sched_getaffinity(0) if cpus else set()
+    meter = _Meter() if contain.is_pool_child() else None
     try:
-        result = _run(function, uuid, request, arguments, results, import_path, result_limit_bytes)
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+        answer = _run(function, uuid, request, arguments, results, import_path, result_limit_bytes)
         grace_seconds = 0.0
-        return result
     finally:
         contain.leave_nothing(before, grace_seconds)
+        if cpus:
+            os.sched_setaffinity(0, affinity)
         for name in variables:
             if name != "AQUE_BROKER":  # the others are this task's alone
                 os.environ.pop(name, None)
+        os.environ.update(own)
+    return (*answer, None if meter is None else meter.used())
+
+
+class _Meter:
+    """What this process, and the children that it has waited for, use from now on."""
+
+    def __init__(self) -> None:
+        with suppress(OSError), open("/proc/self/clear_refs", "wb", buffering=0) as file:
+            file.write(b"5")  # the largest size so far is the present one from now on
+        self._before = _used()
+
+    def used(self) -> tuple[float, int, int, int]:
+        """CPU seconds, this process's largest size in bytes, bytes read and written."""
+        cpu_seconds, read, written = (now - then for now, then in zip(_used(), self._before, strict=True))
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return cpu_seconds, size * 1024, int(read) * 512, int(written) * 512
+
+
+def _used() -> tuple[float, int, int]:
+    """CPU seconds, and blocks of 512 bytes read and written."""
+    mine, below = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = mine.ru_utime + mine.ru_stime + below.ru_utime + below.ru_stime
+    return cpu_seconds, mine.ru_inblock + below.ru_inblock, mine.ru_oublock + below.ru_oublock
 
 
 def _run(
@@ -97,7 +133,7 @@ def _run(
     results: Mapping[int, bytes],
     import_path: tuple[str, ...],
     result_limit_bytes: int,
-) -> ChildResult:
+) -> Answer:
     began = monotonic()
     try:
         task = load(function, current_app._get_current_object())

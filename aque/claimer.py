@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from aque import chooser
 from aque.backfill import Hold
-from aque.chooser import Place
+from aque.backoff import NOTHING_AVOIDED
+from aque.classes import Classes
 from aque.resources import Capacity
 from aque.roomkeeper import RoomKeeper, Running
 from aque.settings import Settings
@@ -38,49 +39,41 @@ class Picked:
 class Claimer:
     """Chooses for one worker. `seconds` gives the measured run time of tasks with a name, or None."""
 
-    def __init__(self, store: Store, settings: Settings, place: Place, seconds: Callable[[str], float | None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        classes: Classes,
+        seconds: Callable[[str], float | None],
+    ) -> None:
         self._store = store
         self._settings = settings
-        self._place = place
+        self._classes = classes
         self._seconds = seconds
         self._keeper = RoomKeeper(store, settings)
-        self._needs: dict[int, Capacity] = {}
-        self._never: dict[int, bool] = {}
         self._window = ROWS // 64  #: tasks read of a class; the first look does not know how many classes there are
         self._usage: dict[str, Fraction] = {}
         self._usage_read_at = 0.0
         self._waiting_priority: int | None = None  #: the highest of what the last look left; None: nothing
         self._is_contended = False  #: several users had something ready at the last look
-
-    def serve(self, queues: frozenset[str]) -> None:
-        """Claim from these queues from now on."""
-        self._place = replace(self._place, queues=queues)
-        self._never = {}
-
-    def commands_only(self) -> None:
-        """Claim nothing more that needs a child of the pool."""
-        self._place = replace(self._place, whole=replace(self._place.whole, python_slots=0))
-        self._never = {}
+        #: What this host could not start lately; whoever looks sets it before.
+        self.avoided = NOTHING_AVOIDED
 
     @property
     def is_holding(self) -> bool:
         """True while this worker keeps room for a task: nothing is claimed ahead of it."""
         return self._keeper.is_holding
 
-    def need(self, class_id: int) -> Capacity:
-        """What a task of this class reserves here."""
-        return self._needs[class_id]
-
     def look(self, connection: Any, worker_id: int, free: Capacity, running: Running, buffered: int) -> Picked:
         """Read what is ready, outside of any transaction, and choose: nothing is claimed yet. `running` tells what runs here,
         if that is asked."""
         now = self._store.now(connection)
-        unfit = [class_id for class_id, never in self._never.items() if never]
-        found = self._store.candidates(connection, unfit, self._window)
+        found = self._store.candidates(connection, self._classes.unfit, self._window, self.avoided)
         cut = {class_id for class_id, row in found.items() if len(row) >= self._window}
         self._window = min(max(ROWS // max(len(found), 1), FEWEST), MOST)
         requirements = self._store.requirements(connection, found)
-        classes = self._classes(requirements)
+        self._classes.forget_others(requirements)
+        classes = self._classes.as_seen(connection, requirements)
         ready: dict[int, list[ReadyTask]] = {}
         due: list[float] = []
         for class_id in classes:
@@ -94,7 +87,7 @@ class Claimer:
         ahead: list[ReadyTask] = []
         if not self.is_holding:
             simple = [row for class_id, row in rest.items() if not classes[class_id].limits]
-            ahead = chooser.ahead(simple, self._seconds, buffered, self._place.whole.python_slots)
+            ahead = chooser.ahead(simple, self._seconds, buffered, self._classes.place.whole.python_slots)
         more = bool(cut) or sum(map(len, rest.values())) > len(ahead)
         due += [now] if choice.is_cut else []
         return Picked(choice.start, ahead, more, min(due) - now if due else None)
@@ -111,10 +104,20 @@ class Claimer:
         now: float,
     ) -> chooser.Choice:
         usage = self._read_usage(connection, classes)
+        tokens = self._classes.free_tokens(connection, classes.values())
 
         def choose(hold: Hold | None) -> chooser.Choice:
             return chooser.choose(
-                ready, classes, free, MOST, now=now, usage=usage, hold=hold, seconds=self._seconds, cut=cut
+                ready,
+                classes,
+                free,
+                MOST,
+                now=now,
+                tokens=tokens,
+                usage=usage,
+                hold=hold,
+                seconds=self._seconds,
+                cut=cut,
             )
 
         hold = self._keeper.hold(connection, worker_id, free, running, now)
@@ -154,8 +157,10 @@ class Claimer:
         if self.is_holding or self._is_contended:
             return []
         least = self._waiting_priority
+        released = [task for task in released if not self.avoided.includes(task.class_id, task.job_id, task.id)]
         requirements = self._store.requirements(connection, {task.class_id for task in released})
-        classes = {i: kind for i, kind in self._classes(requirements).items() if not kind.limits}
+        seen = self._classes.as_seen(connection, requirements)
+        classes = {class_id: kind for class_id, kind in seen.items() if not kind.limits}
         rows: dict[int, list[ReadyTask]] = {}
         for task in sorted(released, key=chooser.order):
             if task.class_id in classes and (least is None or task.priority >= least):
@@ -166,24 +171,12 @@ class Claimer:
         self, connection: Any, tasks: Sequence[ReadyTask], worker_id: int, token: int, state: State
     ) -> list[ClaimedTask]:
         """Take those that nobody else has taken meanwhile."""
-        return self._store.claim(connection, [task.id for task in tasks], worker_id, token, state)
-
-    def _classes(self, requirements: dict[int, Requirement]) -> dict[int, chooser.Class]:
-        """Those that this worker can run at all, as it sees them now."""
-        never = self._never
-        for class_id, requirement in requirements.items():
-            if class_id not in never:
-                never[class_id] = chooser.why_never(requirement, self._place) is not None
-                self._needs[class_id] = chooser.need(requirement, self._place)
-        return {
-            class_id: chooser.Class(self._needs[class_id], requirement.user)
-            for class_id, requirement in requirements.items()
-            if not never[class_id]
-        }
+        limits = {task.id: self._classes.limits(task.class_id) for task in tasks}
+        return self._store.claim(connection, [task.id for task in tasks], worker_id, token, state, limits=limits)
 
     def _at_home(
         self, tasks: list[ReadyTask], requirement: Requirement, now: float
     ) -> tuple[list[ReadyTask], float | None]:
         if not requirement.places:
             return tasks, None
-        return chooser.at_home(tasks, self._place.host, now, self._settings.locality_wait_seconds)
+        return chooser.at_home(tasks, self._classes.place.host, now, self._settings.locality_wait_seconds)

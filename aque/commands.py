@@ -98,6 +98,8 @@ class Command:
     lease_until: float | None = None
     #: Between the SIGTERM of a time limit and SIGKILL.
     kill_grace_seconds: float = 5.0
+    #: The CPUs that it is bound to, with all that it starts; empty: all of the worker's.
+    cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,9 @@ class Ended:
     cpu_seconds: float = 0.0
     #: The largest process's. Linux counts from the fork on: never less than the supervisor's own, about 12 MiB.
     max_rss_bytes: int = 0
+    #: From and to disks and servers, of the tree as well.
+    read_bytes: int = 0
+    written_bytes: int = 0
 
 
 OnStarted = Callable[[int], None]
@@ -853,6 +858,7 @@ def _frames(command: Command) -> list[bytes]:
             "soft_time_limit_seconds": command.soft_time_limit_seconds,
             "lease_until": command.lease_until,
             "kill_grace_seconds": command.kill_grace_seconds,
+            "cpus": list(command.cpus),
         }
     )
     return [protocol.FRAME.pack(protocol.RUN, len(spec)) + spec, stdin]
@@ -896,6 +902,8 @@ def _ended(running: Running, report: dict[str, Any]) -> Ended:
         result_bytes=report["result_bytes"],
         cpu_seconds=report["cpu_seconds"],
         max_rss_bytes=report["max_rss_bytes"],
+        read_bytes=report.get("read_bytes", 0),  # of a supervisor from before there were any: not counted
+        written_bytes=report.get("written_bytes", 0),
     )
 
 

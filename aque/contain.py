@@ -48,6 +48,11 @@ def enter() -> None:
     _Here.is_pool_child = True
 
 
+def is_pool_child() -> bool:
+    """True in a process that runs one attempt at a time, and nothing else."""
+    return _Here.is_pool_child
+
+
 def _has_children() -> bool:
     """1 us, where a look at the lists of children takes 12. A subreaper with a descendant has a child."""
     try:

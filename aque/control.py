@@ -1,5 +1,4 @@
-"""What people ask of tasks and workers: kill, change, drain. The row first, so that it holds while workers are down; then the
-ring."""
+"""What people ask of tasks, workers and limits. The row first, so that it holds while workers are down; then the ring."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -9,9 +8,10 @@ from typing import Any
 from aque import doorbell
 from aque.errors import BadInput, UnknownTask
 from aque.machine import user_name
+from aque.resources import parse_limits
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, READY_STATES, UNREADY_STATES, State
-from aque.store import Killed, Store, again
+from aque.store import Killed, LimitRow, Store, again
 
 
 class _Undone(Exception):
@@ -103,6 +103,7 @@ def change(
 
     def work() -> Changed:
         with store.connect() as connection:
+            _check_limits(store.limits.capacities(connection) if fields.get("limits") else {}, fields.get("limits", ""))
             classes = _new_classes(store, connection, wanted, fields)
         with store.begin() as connection:
             found = store.changes.find(connection, wanted, lock=True)
@@ -171,6 +172,16 @@ def _check_priority(settings: Settings, priority: int) -> None:
         )
 
 
+def _check_limits(capacities: Mapping[str, int], wanted: str) -> None:
+    for name, n in parse_limits(wanted).items():
+        if n > capacities.get(name, 0):
+            there = f"is {capacities[name]}" if name in capacities else "there is not"
+            raise BadInput(
+                f"no task can have {n} of the limit {name!r}, which {there}. Nothing was changed: `aque limits set {name} {n}` "
+                "makes room."
+            )
+
+
 def _check_owner(settings: Settings, task_id: int, submitter: str) -> None:
     user = user_name()
     if submitter != user and not settings.is_administrator(user):
@@ -196,6 +207,38 @@ def drain(store: Store, names: Iterable[str], wanted: bool) -> list[int]:
     with store.connect() as connection:
         doorbell.ring(connection, {doorbell.KILL, doorbell.READY})
     return changed
+
+
+def set_limit(store: Store, name: str, capacity: int) -> LimitRow:
+    """Let the tasks of the farm hold at most `capacity` tokens of this limit together; how that limit now stands. Raises
+    BadInput, and then nothing was changed."""
+
+    def work() -> LimitRow:
+        with store.begin() as connection:
+            store.limits.set(connection, name, capacity)
+            (row,) = [row for row in store.limits.rows(connection) if row.name == name]
+            return row
+
+    row = again(work)
+    _ring_ready(store)
+    return row
+
+
+def remove_limit(store: Store, name: str) -> None:
+    """Let nothing bound the tasks that ask for this limit. Raises BadInput if there is none."""
+
+    def work() -> bool:
+        with store.begin() as connection:
+            return store.limits.remove(connection, name)
+
+    if not again(work):
+        raise BadInput(f"there is no limit {name!r}. Nothing was changed: `aque limits` lists those there are.")
+    _ring_ready(store)
+
+
+def _ring_ready(store: Store) -> None:
+    with store.connect() as connection:
+        doorbell.ring(connection, {doorbell.READY})
 
 
 def parse_signal(text: str | int) -> int:

@@ -260,6 +260,16 @@ class Situation:
                 found.append(Reason("limit", text, {**facts, "holders": list(limit.holders)}))
         return found
 
+    def of_files(self, subject: Subject) -> Reason | None:
+        """Limits of file systems that are used up. Which of them it needs only a worker knows, by its mounts."""
+        if subject.class_id is None or not self.requirements[subject.class_id].places:
+            return None
+        full = {name: limit for name, limit in self.limits.items() if name.startswith("io:") and limit.free < 1}
+        if not full:
+            return None
+        names = ", ".join(f"{name} (0 of {limit.capacity} free)" for name, limit in full.items())
+        return Reason("io_limit", f"if its files are there, it waits for them: {names}", {"limits": list(full)})
+
     def kept_for(self, subject: Subject) -> Reason | None:
         """A worker keeps room for it."""
         worker = self.holder(subject.id)
@@ -391,7 +401,7 @@ class Situation:
             return Explanation(subject, reasons)
         if nowhere := self.nowhere(subject):
             return Explanation(subject, [nowhere], [self.view(subject, worker) for worker in self.workers])
-        found = [*self.short_of(subject), self.kept_for(subject), self.place_in_order(subject)]
+        found = [*self.short_of(subject), self.of_files(subject), self.kept_for(subject), self.place_in_order(subject)]
         views = [self.view(subject, worker) for worker in self.workers]
         return Explanation(subject, [reason for reason in found if reason is not None], views)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from aque import settings
+from aque import hints, settings
 from aque.errors import BadSetting
 
 
@@ -38,6 +38,14 @@ def total_memory_bytes() -> int:
         if text.isdecimal():
             total = min(total, int(text))
     return total
+
+
+def mounts() -> tuple[hints.Mount, ...]:
+    """The mounts that this process sees; none where there is no /proc."""
+    try:
+        return hints.parse_mounts(Path("/proc/self/mountinfo").read_bytes())
+    except OSError:
+        return ()
 
 
 def boot_id() -> str:

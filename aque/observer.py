@@ -94,17 +94,11 @@ def _workers(store: Store, connection: Any, now: float) -> list[Worker]:
 
 
 def _limits(store: Store, connection: Any) -> dict[str, Limit]:
-    limits = getattr(store, "limits", None)
-    if limits is None:
-        return {}
-    rows = limits.rows(connection)
-    free = limits.free(connection, [row.name for row in rows])
+    rows = store.limits.rows(connection)
+    free = store.limits.free(connection, [row.name for row in rows])
     return {row.name: Limit(row.capacity, free.get(row.name, 0), row.holders) for row in rows}
 
 
 def _refusals(store: Store, connection: Any, ids: Iterable[int]) -> dict[int, list[Refusal]]:
-    refusals = getattr(store, "refusals", None)
-    if refusals is None:
-        return {}
-    found = refusals.of(connection, ids)
+    found = store.refusals.of(connection, ids)
     return {task_id: [Refusal(one.host, one.message) for one in row] for task_id, row in found.items()}

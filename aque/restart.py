@@ -20,11 +20,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aque import protocol, server, supervisor, title
+from aque import launch, protocol, server, supervisor, title
+from aque.assignments import Assigned
 from aque.commands import Command, OtherUser
+from aque.durations import Runs
 from aque.resources import Capacity
 from aque.store import Kill
-from aque.values import ClaimedTask, Outcome, Redirections
+from aque.values import ClaimedTask, Outcome, Redirections, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,9 @@ DROP_SECONDS = 10.0
 def _format() -> str:
     """Changes with everything that a state is made of, and with what the server and the supervisors, which go on, say and
     hear: another version of Aque may be installed when the image changes."""
-    parts = (ClaimedTask, Redirections, Outcome, Kill, Capacity, Command, OtherUser)
-    spoken = [zlib.crc32(Path(module.__file__ or "").read_bytes()) for module in (protocol, supervisor, server)]
-    return f"2 {spoken} " + " ".join(
+    parts = (ClaimedTask, Redirections, Outcome, Usage, Runs, Kill, Capacity, Assigned, Command, OtherUser)
+    spoken = [zlib.crc32(Path(module.__file__ or "").read_bytes()) for module in (protocol, supervisor, server, launch)]
+    return f"3 {spoken} " + " ".join(
         f"{part.__name__}({','.join(field.name for field in fields(part))})" for part in parts
     )
 

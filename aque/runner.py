@@ -3,6 +3,7 @@
 Celery's own bookkeeping (`inspect active`, events, signals) sees every task of Aque as a request like any other.
 """
 
+import errno
 import json
 import logging
 import os
@@ -23,13 +24,14 @@ from celery.worker import state as celery_state
 from celery.worker.request import Request
 
 from aque import child, codec, contain, identity, machine, sandbox
+from aque.assignments import NOTHING, Assigned, Assignments
 from aque.chooser import Place, is_own, runs_in_pool
 from aque.commands import Callbacks, Command, CommandRunner, Ended, OtherUser
 from aque.commands import Running as RunningCommand
-from aque.resources import format_cpus
+from aque.resources import Capacity, format_cpus
 from aque.settings import Settings
 from aque.states import Reason, State
-from aque.values import ClaimedTask, Outcome, Pattern
+from aque.values import ClaimedTask, HostFailure, Outcome, Pattern, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ class Attempt:
 
     def __init__(self, runner: "Runner", task: ClaimedTask) -> None:
         self.task = task
+        self.assigned = NOTHING
         self.killed: int | None = None
         self._runner = runner
         self._began = time.monotonic()
@@ -116,6 +119,7 @@ class Attempt:
         self._timers: list[threading.Timer] = []
         self._command: RunningCommand | None = None
         self._next_byte = {1: 0, 2: 0}  #: of its output, by descriptor
+        self._usage: Usage | None = None
         self.request = _Request(
             _Row(task),
             app=runner.app,
@@ -207,6 +211,7 @@ class Attempt:
         self._command = self._runner.commands.run(
             replace(
                 command,
+                cpus=self.assigned.cpus,
                 user=user,
                 umask=task.umask,
                 no_new_privileges=settings.no_new_privileges,
@@ -256,6 +261,8 @@ class Attempt:
     def _on_command_ended(self, ended: Ended) -> None:
         self._mark_gap(1, ended.stdout_bytes)
         self._mark_gap(2, ended.stderr_bytes)
+        if ended.max_rss_bytes:  # else nothing was started, or its supervisor is gone
+            self._usage = Usage(ended.cpu_seconds, ended.max_rss_bytes, ended.read_bytes, ended.written_bytes)
         if ended.reason == "lost":
             self._end_when_gone(lambda: self._end(State.READY, Reason.WORKER_LOST))
         elif ended.reason == "lease":
@@ -270,9 +277,11 @@ class Attempt:
             reason = _REASONS.get(ended.reason, Reason.EXIT)
             message = ended.message or f"exit status {ended.exit_code}"
             stored = None if reason in (Reason.EXIT, Reason.SIGNAL) else codec.encode_error("", message)
+            failure = host_failure(self.task, reason, ended)
             self._end(
-                State.ERROR, reason, ended.exit_code, ended.signal, error=stored, shown=message, cut=ended.truncated
-            )
+                State.ERROR, reason, ended.exit_code, ended.signal,
+                error=stored, shown=message, cut=ended.truncated, host_failure=failure,
+            )  # fmt: skip
 
     def _on_answer(self, ended: Ended) -> None:
         """The interpreter of a function has ended by itself."""
@@ -312,6 +321,7 @@ class Attempt:
                 task.import_path,
                 settings.result_limit_bytes,
                 settings.kill_grace_seconds,
+                self.assigned.cpus,
             ),
             accept_callback=self._on_accepted,
             callback=self._on_result,
@@ -372,7 +382,8 @@ class Attempt:
             self._end_child(pid)
 
     def _on_result(self, result: child.ChildResult) -> None:
-        succeeded, first, second, seconds = result
+        succeeded, first, second, seconds, used = result
+        self._usage = None if used is None else Usage(*used)
         if self._timed_out:  # it caught the signal, and went on
             self._end(State.ERROR, Reason.TIME_LIMIT, error=self._time_limit_error(), seconds=seconds)
         elif succeeded:
@@ -417,7 +428,9 @@ class Attempt:
 
     def refuse(self, why: str) -> None:
         """This worker must not start it."""
-        self._end(State.ERROR, Reason.CANNOT_BECOME_USER, error=codec.encode_error("", why), shown=why)
+        failure = _host_failure(self.task, Reason.CANNOT_BECOME_USER, why.partition(". ")[0])
+        error = codec.encode_error("", why)
+        self._end(State.ERROR, Reason.CANNOT_BECOME_USER, error=error, shown=why, host_failure=failure)
 
     def _end(
         self,
@@ -431,6 +444,7 @@ class Attempt:
         shown: str = "",
         seconds: float | None = None,
         cut: bool = False,
+        host_failure: HostFailure | None = None,
     ) -> None:
         with self._ending:
             if self._over:
@@ -443,8 +457,23 @@ class Attempt:
         ran = now - self._began if seconds is None else seconds
         celery_state.task_ready(self.request, successful=state is State.SUCCESS)
         outcome = Outcome(
-            task.id, task.attempt, task.token, state, reason, exit_code, signal, ran, value, error, cut, now
+            task.id,
+            task.attempt,
+            task.token,
+            state,
+            reason,
+            exit_code,
+            signal,
+            ran,
+            value,
+            error,
+            cut,
+            now,
+            self._usage,
+            host_failure,
         )
+        # Before its reservation ends: the next one may need them.
+        self._runner.assignments.release((task.id, task.attempt))
         self._runner.listener.finished(outcome)
         if self._runner.eventer.enabled:
             self._send_event(state, error, shown, ran)
@@ -479,6 +508,7 @@ class Runner:
         place: Place,
         listener: Listener,
         end_strangers: Callable[[], None],
+        assignments: Assignments,
     ) -> None:
         self.app = app
         self.hostname = hostname
@@ -490,6 +520,7 @@ class Runner:
         self.listener = listener
         self.rlimits = machine.parse_rlimits(settings.rlimits)
         self.end_strangers = end_strangers
+        self.assignments = assignments
         #: A moment of `processes.lease_clock`: so long the table holds this worker's tasks for it.
         self.lease_until = 0.0
         #: What must not outlive the lease.
@@ -505,8 +536,8 @@ class Runner:
         for attempt in list(self.strict):
             attempt.renew(until)
 
-    def start(self, task: ClaimedTask, cpus: Any) -> Attempt:
-        """Start an attempt with `cpus` reserved; whatever goes wrong becomes its outcome."""
+    def start(self, task: ClaimedTask, need: Capacity) -> Attempt:
+        """Start an attempt with `need` reserved; whatever goes wrong becomes its outcome."""
         attempt = Attempt(self, task)
         try:
             if task_received.receivers:
@@ -525,7 +556,8 @@ class Runner:
                     eta=None,
                     expires=None,
                 )
-            variables = self._variables(task, format_cpus(cpus))
+            attempt.assigned = self.assignments.take((task.id, task.attempt), need)
+            variables = self._variables(task, need, attempt.assigned)
             if why := identity.refusal(task, self.place, self.settings):
                 attempt.refuse(why)
             elif runs_in_pool(task, self.place):
@@ -558,17 +590,42 @@ class Runner:
         celery_state.task_reserved(attempt.request)
         return attempt
 
-    def _variables(self, task: ClaimedTask, cpus: str) -> dict[str, str]:
-        variables = {
+    def _variables(self, task: ClaimedTask, need: Capacity, assigned: Assigned) -> dict[str, str]:
+        threads = identity.thread_variables(need.cpus, task.environment) if self.settings.set_threads else {}
+        variables = threads | {
             "AQUE_TASK_ID": str(task.id),
             "AQUE_TID": str(task.id),
             "AQUE_ATTEMPT": str(task.attempt),
-            "AQUE_CPUS": cpus,
+            "AQUE_CPUS": format_cpus(need.cpus),
+            **identity.index_variables(assigned),
             "AQUE_BROKER": self.settings.to_url() if is_own(task, self.place) else self.settings.to_url_of_others(),
         }
         if task.parent_id is not None:
             variables["AQUE_PARENT_ID"] = str(task.parent_id)
         return variables
+
+
+def host_failure(task: ClaimedTask, reason: Reason, ended: Ended) -> HostFailure | None:
+    """What it says of the host that the task could not be started; None if it says something of the task.
+
+    A command that is not found stays the task's error, as in a shell; an interpreter that was named for a function is the
+    host's.
+    """
+    if reason is Reason.CANNOT_ENTER_CWD:
+        cwd = task.cwd.decode(errors="backslashreplace")
+        return _host_failure(task, reason, f"cannot enter {cwd}: {os.strerror(ended.errno or errno.EINVAL)}")
+    if reason is Reason.CANNOT_BECOME_USER:
+        return _host_failure(task, reason, ended.message.removesuffix(". Nothing was started."))
+    is_function = task.pattern is Pattern.PYTHON and task.interpreter
+    if is_function and reason in (Reason.NOT_FOUND, Reason.CANNOT_EXECUTE):
+        return _host_failure(task, reason, ended.message.removesuffix("."))
+    return None
+
+
+def _host_failure(task: ClaimedTask, reason: Reason, why: str) -> HostFailure:
+    # Databases store no NUL bytes and no lone surrogates as text.
+    text = why[:SHOWN].replace("\0", "\\x00").encode(errors="backslashreplace").decode()
+    return HostFailure(task.class_id, task.job_id, reason, text)
 
 
 def _error(error: BaseException) -> bytes:

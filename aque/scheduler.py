@@ -17,10 +17,13 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from aque import chooser, claimer, doorbell, finisher
+from aque import chooser, claimer, doorbell, durations, finisher
 from aque.backfill import Busy, expected_end
+from aque.backoff import Backoff
+from aque.classes import Classes
 from aque.errors import StoreError
 from aque.ledger import Ledger
+from aque.mounts import Mounts
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
@@ -111,8 +114,8 @@ class Batch:
 class Scheduler:
     """Claims, starts and finishes tasks for one worker.
 
-    `start_task` starts an attempt and never raises; `on_end` is called when an `until` is reached; once `is_urgent` is true,
-    whatever runs is killed and given back.
+    `start_task` starts an attempt, with what is reserved for it, and never raises; `on_end` is called when an `until` is
+    reached; once `is_urgent` is true, whatever runs is killed and given back.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Scheduler:
         worker_id: int,
         ledger: Ledger,
         place: chooser.Place,
-        start_task: Callable[[ClaimedTask, Any], Running],
+        start_task: Callable[[ClaimedTask, Capacity], Running],
         *,
         until: Until | None,
         on_end: Callable[[], None],
@@ -135,7 +138,10 @@ class Scheduler:
         self._until = until
         self._on_end = on_end
         self._is_urgent = is_urgent
-        self._claimer = claimer.Claimer(store, settings, place, self._seconds)
+        self._mounts = Mounts(place.host, self.look)
+        self._classes = Classes(store, settings, place, self._mounts)
+        self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds)
+        self._backoff = Backoff(settings.back_off_seconds)
         self._lock = threading.Lock()
         self._worker_id = self.worker_id = worker_id
         self._running: dict[int, Entry] = {}
@@ -150,6 +156,7 @@ class Scheduler:
         self._output_since: float | None = None
         self._output_written = threading.Condition(self._lock)
         self._run_seconds: dict[str, float] = {}
+        self.run_times = durations.Tally()  #: of what succeeded, for the table
         self._recent: dict[int, bytes] = {}
         self._look_ready = True  #: something may be there to claim
         self._look_kills = True
@@ -193,6 +200,8 @@ class Scheduler:
             self._claim_ahead = True
             if outcome.state is State.SUCCESS:
                 self._measure(entry.task.name, outcome.ran_seconds)
+                self.run_times.add(entry.task.name, outcome.ran_seconds, entry.task.io_bytes)
+                self._backoff.succeeded(entry.task.class_id, entry.task.job_id)
             self._look_ready = self._look_ready or self._waiting
         self._ledger.release(entry.need)
         self._start_buffered()
@@ -215,7 +224,7 @@ class Scheduler:
     def serve(self, queues: Iterable[str]) -> None:
         """Claim from these queues from now on."""
         names = frozenset(queues)
-        self._claimer.serve(names)
+        self._classes.serve(names)
         with self._store.connect() as connection:
             self._store.set_queues(connection, self._worker_id, names)
         self.look()
@@ -261,7 +270,7 @@ class Scheduler:
 
     def commands_only(self) -> None:
         """Claim nothing more but commands, which can be handed over, and give back what has not started."""
-        self._claimer.commands_only()
+        self._classes.commands_only()
         self._commands_only = True
         self.look()
 
@@ -388,6 +397,7 @@ class Scheduler:
                     left = bool(self._batch)
                 if not left or pause > 1.0:
                     break
+        self._mounts.close()
         self._disconnect()
 
     def _wait(self, pause: float) -> None:
@@ -408,6 +418,8 @@ class Scheduler:
                 due.append(self._buffered_at + BUFFER_SECONDS - now)
             if self._look_at is not None:
                 due.append(self._look_at - now)
+            if (change := self._backoff.next_change(now)) is not None:
+                due.append(change - now)
         assert self._bell is not None
         began = time.monotonic()
         doorbell.wait_readable([self._wake_fd, self._bell.fileno()], max(min(due), 0.0))
@@ -435,9 +447,11 @@ class Scheduler:
         if self._is_urgent():
             self._draining = True
             self._abandon(self._left())
+        if self._draining or self._drained or self._commands_only or self._is_buffer_stale():
+            self._return_buffer()
+        self._avoid()
         picked = self._look(connection)
-        gives_back = self._draining or self._drained or self._commands_only or self._claimer.is_holding
-        if gives_back or self._is_buffer_stale():
+        if self._claimer.is_holding:  # what was claimed ahead might take the room that is kept
             self._return_buffer()
         # Read before the batch is taken: what ends after that is free here, and not yet in the table.
         free = self._ledger.free
@@ -458,7 +472,9 @@ class Scheduler:
             full = buffered > chooser.BUFFER_TASKS // 2
             early = full and time.monotonic() - self._looked_at < LOOK_SECONDS
             idle = self._draining or self._drained or done
-            blocked = self._finish_only or self._ledger.is_over_budget
+            # What this host could not start decides what is looked for: that is written first.
+            undecided = any(outcome.host_failure for outcome in self._batch.outcomes)
+            blocked = self._finish_only or self._ledger.is_over_budget or undecided
             if not self._look_ready or idle or blocked or early:
                 return claimer.Picked([], [], self._waiting)
             self._look_ready = False
@@ -486,7 +502,7 @@ class Scheduler:
         return [*busy, Busy(other)]
 
     def _reserve(self, tasks: list[ReadyTask]) -> list[ReadyTask]:
-        return [task for task in tasks if self._ledger.try_reserve(self._claimer.need(task.class_id))]
+        return [task for task in tasks if self._ledger.try_reserve(self._classes.need(task.class_id))]
 
     def _take_batch(self) -> Batch:
         """What there is to write; output only when it is due or there is something else to write."""
@@ -526,7 +542,12 @@ class Scheduler:
                 self._store.signal_delivered(connection, batch.delivered)
                 returned = self._store.give_back(connection, batch.returned)
                 finished = finisher.finish(
-                    self._store, connection, batch.outcomes, self._settings.max_lost, self._one_by_one
+                    self._store,
+                    connection,
+                    batch.outcomes,
+                    self._settings.max_lost,
+                    self._one_by_one,
+                    self._settings.is_shared,
                 )
                 idle = self._draining or self._drained or self._until == "one"
                 if finished.ready and not idle and not self._finish_only:
@@ -535,7 +556,7 @@ class Scheduler:
                 buffered = self._claimer.claim(connection, picked.ahead, self._worker_id, token + 1, State.CLAIMED)
         except Exception as error:
             for task in reserved:
-                self._ledger.release(self._claimer.need(task.class_id))
+                self._ledger.release(self._classes.need(task.class_id))
             with self._lock:
                 self._batch.put_back(batch)
                 self._writing = Batch()
@@ -547,6 +568,7 @@ class Scheduler:
         self._one_by_one = False
         self._writing = Batch()
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
+        self._back_off([o for o in batch.outcomes if o.host_failure], finished.elsewhere)
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
 
     def _finish_alone(self, connection: Any, batch: Batch) -> bool:
@@ -570,13 +592,13 @@ class Scheduler:
         got = {task.id for task in started}
         for task in reserved:
             if task.id not in got:
-                self._ledger.release(self._claimer.need(task.class_id))
+                self._ledger.release(self._classes.need(task.class_id))
         if finished.refused:
             logger.warning("lost_lease: the outcomes of tasks %s were refused, others have them", finished.refused[:20])
         rings = set()
         if finished.ended or finished.skipped or finished.groups:
             rings.add(doorbell.DONE)
-        if returned or finished.repeated or any(task.id not in got for task in finished.ready):
+        if returned or finished.repeated or finished.freed or any(task.id not in got for task in finished.ready):
             rings.add(doorbell.READY)
             self._look_ready = True
         try:
@@ -602,7 +624,7 @@ class Scheduler:
     def _start_all(self, connection: Any, tasks: list[ClaimedTask]) -> None:
         self._started_any = self._started_any or bool(tasks)
         for task in self._with_inputs(connection, tasks, reserved=True):
-            entry = Entry(task, self._claimer.need(task.class_id), time.monotonic())
+            entry = Entry(task, self._classes.need(task.class_id), time.monotonic())
             with self._lock:
                 self._running[task.id] = entry
             self._begin(entry)
@@ -618,7 +640,7 @@ class Scheduler:
                 values |= self._store.values(connection, missing)
         except Exception:  # none of them has started: they go back when the connection does
             for task in tasks if reserved else ():
-                self._ledger.release(self._claimer.need(task.class_id))
+                self._ledger.release(self._classes.need(task.class_id))
             raise
         complete = []
         for task in tasks:
@@ -629,7 +651,7 @@ class Scheduler:
                         Outcome(task.id, task.attempt, task.token, State.ERROR, Reason.INPUTS_TOO_LARGE)
                     )
                 if reserved:
-                    self._ledger.release(self._claimer.need(task.class_id))
+                    self._ledger.release(self._classes.need(task.class_id))
                 self._wake()
             else:
                 complete.append(replace(task, results=results))
@@ -639,7 +661,7 @@ class Scheduler:
         """Start a task that is in `_running`; one that was killed meanwhile is killed as soon as it has started."""
         task = entry.task
         try:
-            attempt = self._start_task(task, entry.need.cpus)
+            attempt = self._start_task(task, entry.need)
         except Exception as error:
             logger.exception("task %d could not be started", task.id)
             stored = json.dumps({"type": type(error).__name__, "message": str(error)[:1000]}).encode()
@@ -657,7 +679,7 @@ class Scheduler:
             with self._lock:
                 if not self._buffer or self._draining or self._drained or self._claimer.is_holding:
                     return
-                need = self._claimer.need(self._buffer[0].class_id)
+                need = self._classes.need(self._buffer[0].class_id)
                 if not self._ledger.try_reserve(need):
                     return
                 task = self._buffer.popleft()
@@ -746,6 +768,46 @@ class Scheduler:
         for entry in due:
             if entry.attempt is not None:
                 entry.attempt.kill(9, 0.0)
+
+    # -- what this host cannot start -----------------------------------------------------------------------------------
+
+    @property
+    def missing_paths(self) -> dict[bytes, str]:
+        """Paths that ready tasks require and that this host has not, as of the last look: why not."""
+        return self._classes.missing_paths
+
+    def avoids(self) -> tuple[str, ...]:
+        """What is not claimed for a while, as sentences."""
+        with self._lock:
+            return self._backoff.sentences(time.monotonic(), time.time())
+
+    def _back_off(self, refused: list[Outcome], elsewhere: Container[int]) -> None:
+        """Of what this host could not start, leave what went back for other hosts, and what is like it, alone for a while.
+        Then look at what has waited for this decision."""
+        now = time.monotonic()
+        for outcome in refused:
+            if (failure := outcome.host_failure) is not None and outcome.id in elsewhere:
+                logger.warning(
+                    "task %d could not be started here, and is left to other hosts: %s", outcome.id, failure.why
+                )
+                with self._lock:
+                    self._backoff.refused(failure.class_id, failure.job_id, outcome.id, failure.why, now)
+        if refused:
+            self._wake()
+
+    def _avoid(self) -> None:
+        """Before a look: tell the claimer what to leave alone, and give back what of it was claimed ahead. When a back-off
+        has ended there is a reason to look."""
+        with self._lock:
+            avoided = self._backoff.avoided(time.monotonic())
+            if avoided is self._claimer.avoided:
+                return
+            self._claimer.avoided = avoided
+            self._look_ready = True
+            kept = deque(task for task in self._buffer if not avoided.includes(task.class_id, task.job_id, task.id))
+            kept_ids = {task.id for task in kept}
+            self._batch.returned += [(task.id, task.token) for task in self._buffer if task.id not in kept_ids]
+            self._buffer = kept
 
     # -- measured run times -------------------------------------------------------------------------------------------
 

@@ -185,6 +185,8 @@ def load(
 
 
 def _parse(name: str, value: Any, kind: type, minimum: float | None, source: str) -> Any:
+    if name == "io_limits" and isinstance(value, Mapping):  # a table of the file, a dict of Celery's configuration
+        value = ",".join(f"{glob}={number}" for glob, number in value.items())
     try:
         parsed = _boolean(value) if kind is bool else kind(value)
     except (TypeError, ValueError, KeyError):

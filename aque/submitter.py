@@ -6,14 +6,16 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from aque import doorbell
+from aque import doorbell, durations, hints
 from aque.chooser import why_nowhere
+from aque.durations import RunTime
 from aque.errors import BadInput
+from aque.looks import FileSystems, Looks
 from aque.machine import user_name
 from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memory, parse_resources
 from aque.settings import Settings
@@ -22,14 +24,27 @@ from aque.store import Store, again
 from aque.values import NO_REDIRECTIONS, Dependency, Pattern, Redirections, Requirement, TaskSpec
 
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
-_OWN_VARIABLES = (b"AQUE_TASK_ID", b"AQUE_TID", b"AQUE_ATTEMPT", b"AQUE_CPUS", b"AQUE_PARENT_ID", b"AQUE_BROKER", b"_")
+_OWN_VARIABLES = (
+    b"AQUE_TASK_ID",
+    b"AQUE_TID",
+    b"AQUE_ATTEMPT",
+    b"AQUE_CPUS",
+    b"AQUE_PARENT_ID",
+    b"AQUE_BROKER",
+    b"AQUE_THREAD_VARIABLES",
+    b"_",
+)
 
 
 _TAG = re.compile(r"!?[A-Za-z0-9_.-]{1,64}")
 
+#: So long a reading of the farm's limits is good enough to say that a task is within them.
+LIMITS_SECONDS = 5.0
 #: See `Submitter.next_id`.
 BLOCK_SECONDS = 1.0
 LARGEST_BLOCK = 64
+#: What has been read of run times is believed for so long.
+KNOWN_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +62,9 @@ class Options:
     limits: str | Mapping[str, int] = ""  #: tokens of farm-wide limits, as in {"nuke": 1} or "nuke=1"
     tags: str | tuple[str, ...] = ""  #: that the worker must have; `!tag` excludes
     requires_paths: tuple[str | bytes, ...] = ()  #: that the host must have
-    duration: float = 0.0  #: expected seconds
-    io_paths: tuple[str | bytes, ...] = ()
+    duration: float | str = 0.0  #: expected seconds, or as in "2x" how many times the average of its priority
+    io_paths: tuple[str | bytes, ...] = ()  #: that it reads or writes; of a command, if none: its words that are paths
+    io: bool = True  #: False: without io_paths
     time_limit: float | None = None  #: seconds, then it is killed
     soft_time_limit: float | None = None  #: seconds, then it is asked to end
     max_attempts: int = 1
@@ -64,17 +80,67 @@ class Options:
     celery_id: str | None = None
 
 
+class _Expectations:
+    """Expected durations by what the store says; what was read is kept for a while."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._run_times: dict[str, tuple[float, RunTime | None]] = {}  #: with when it was read
+        self._priorities: dict[int, tuple[float, float]] = {}  #: average seconds, with when it was read
+
+    def of(self, connection: Any, specs: Sequence[TaskSpec]) -> dict[int, float]:
+        """By id, for those without a duration of their own. Nothing is read if all of them have one, or are groups."""
+        asked = [spec for spec in specs if not spec.duration and spec.requirement.pattern is not Pattern.GROUP]
+        if not asked:
+            return {}
+        known = self._read(connection, {durations.key(spec.name) for spec in asked if not spec.relative_duration})
+        return {
+            spec.id: spec.relative_duration * self._average(connection, spec.priority, known)
+            if spec.relative_duration
+            else durations.expected(spec.name, spec.io_bytes, known)
+            for spec in asked
+        }
+
+    def _read(self, connection: Any, names: set[str]) -> dict[str, RunTime]:
+        names |= {durations.ALL, durations.SIZED}
+        now = time.monotonic()
+        kept = self._run_times
+        if missing := [name for name in names if name not in kept or now - kept[name][0] > KNOWN_SECONDS]:
+            if len(kept) > durations.NAMES:
+                kept.clear()
+                missing = list(names)
+            found = self._store.run_times.read(connection, missing)
+            kept.update({name: (now, found.get(name)) for name in missing})
+        return {name: run_time for name in names if (run_time := kept[name][1]) is not None}
+
+    def _average(self, connection: Any, priority: int, known: Mapping[str, RunTime]) -> float:
+        now = time.monotonic()
+        read, seconds = self._priorities.get(priority, (-math.inf, 0.0))
+        if now - read > KNOWN_SECONDS:
+            found = self._store.run_times.average_of_priority(connection, priority)
+            if found is None:
+                everything = known.get(durations.ALL)
+                found = durations.UNKNOWN_SECONDS if everything is None else everything.seconds
+            seconds = found
+            self._priorities[priority] = (now, seconds)
+        return seconds
+
+
 class Submitter:
     """Writes tasks to a store."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
+        self._expectations = _Expectations(store)
         self._user = user_name()
+        self._file_systems = FileSystems()
         self._lock = threading.Lock()
         self._ids: list[int] = []
         self._block = 1
         self._reserved_at = 0.0
+        self._limits: dict[str, int] = {}
+        self._limits_read_at = -math.inf
 
     def reserve(self, count: int) -> list[int]:
         """Ids for tasks that are submitted later."""
@@ -99,13 +165,20 @@ class Submitter:
             return self._ids.pop()
 
     def submit(self, specs: Sequence[TaskSpec]) -> dict[int, State]:
-        """All of these tasks or, with an error, none. Their first states."""
+        """All of these tasks or, with an error, none. Their first states.
+
+        Looks for the paths among the words of commands: one submission of many commands has fewer looks than many of one.
+        """
+        if limited := {spec.requirement.limits for spec in specs if spec.requirement.limits}:
+            self._check_limits([parse_limits(limits) for limits in limited])
+        specs = self._with_hints(specs)
 
         def work() -> dict[int, State]:
             with self.store.connect() as connection:
                 self.store.intern(connection, specs)
+                expected = self._expectations.of(connection, specs)
             with self.store.connect() if self.store.is_one_statement(specs) else self.store.begin() as connection:
-                return self.store.submit(connection, specs)
+                return self.store.submit(connection, specs, expected)
 
         states = again(work)
         rung = set()
@@ -126,6 +199,46 @@ class Submitter:
         for requirement in wanted:
             if why := why_nowhere(requirement, places):
                 raise BadInput(f"{why}. Nothing was submitted: without strict, it waits for a worker that can run it.")
+
+    def _check_limits(self, wanted: Sequence[Mapping[str, int]]) -> None:
+        """Raise BadInput if a task could not start as the farm's limits are: by limits that have just been read."""
+        is_fresh = time.monotonic() - self._limits_read_at < LIMITS_SECONDS
+        if is_fresh and _beyond(wanted, self._limits) is None:
+            return
+        with self.store.connect() as connection:
+            self._limits = self.store.limits.capacities(connection)
+        self._limits_read_at = time.monotonic()
+        if why_not := _beyond(wanted, self._limits):
+            raise BadInput(why_not)
+
+    def _with_hints(self, specs: Sequence[TaskSpec]) -> Sequence[TaskSpec]:
+        """The same with their `io_paths`, their size, and what stands for them in the requirement."""
+        looks: Looks | None = None
+        paths: dict[int, tuple[bytes, ...]] = {}  # by position
+        for position, spec in enumerate(specs):
+            found = spec.io_paths
+            if found is None:
+                words = (*spec.argv, *_files(spec.redirections))
+                if len(words) > 1:
+                    looks = looks or Looks(self._file_systems)
+                    found = hints.paths_in(words, spec.cwd, looks.prefix)
+            if found:
+                paths[position] = found
+        if not paths:
+            return specs
+        looks = looks or Looks(self._file_systems)
+        places = hints.places(list(paths.values()), looks.mounts)
+        requirements = _Placed()
+        wanted = [requirements[specs[i].requirement, place] for i, place in zip(paths, places, strict=True)]
+        with self.store.connect() as connection:
+            if self.store.is_crowded(connection, set(wanted)):
+                points = [hints.mount_points(found, looks.mounts) for found in paths.values()]
+                wanted = [requirements[specs[i].requirement, place] for i, place in zip(paths, points, strict=True)]
+        hinted = list(specs)
+        for (i, found), requirement in zip(paths.items(), wanted, strict=True):
+            size = sum(map(looks.size, found))
+            hinted[i] = replace(specs[i], io_paths=found, io_bytes=size, requirement=requirement)
+        return hinted
 
     def command(
         self,
@@ -158,6 +271,8 @@ class Submitter:
             )
         if stdin is not None and redirections.stdin is not None:
             raise BadInput("stdin can be bytes or a file, not both. Nothing was submitted.")
+        there = _path("cwd", cwd) if cwd is not None else os.getcwdb()
+        guesses = options.io and not options.io_paths and self.settings.io_hints
         return self._spec(
             task_id,
             options,
@@ -167,7 +282,8 @@ class Submitter:
             stdin=stdin,
             redirections=redirections,
             login=login,
-            cwd=_path("cwd", cwd) if cwd is not None else os.getcwdb(),
+            cwd=there,
+            io_paths=None if guesses else _io_paths(options, there),
             umask=_umask(),
             environment=_environment(os.environb if env is None else env),
         )
@@ -186,6 +302,7 @@ class Submitter:
                 "strict_lease is for commands: a function runs in a child of its worker, and nobody could end it there while "
                 "the worker itself stands still. Nothing was submitted: let a command call the function."
             )
+        cwd = os.getcwdb()
         return self._spec(
             task_id,
             options,
@@ -194,7 +311,8 @@ class Submitter:
             function=function,
             arguments=arguments,
             inputs=tuple(inputs),
-            cwd=os.getcwdb(),
+            cwd=cwd,
+            io_paths=_io_paths(options, cwd),
             umask=_umask(),
             # A pool's child has the worker's environment: only who runs it apart needs the submitter's.
             environment=_environment(os.environb) if options.interpreter or self.settings.is_shared else b"",
@@ -226,6 +344,7 @@ class Submitter:
             options.tags,
             options.requires_paths,
         )
+        duration, relative_duration = _duration(options.duration)
         try:
             requirement = _requirement(*wanted)
         except TypeError:  # something that cannot be hashed, and that the check below has a sentence for
@@ -236,8 +355,8 @@ class Submitter:
             requirement=requirement,
             priority=self._priority(options.priority),
             age_rank=-int(self.settings.priority_per_hour * time.time() / 3600),
-            duration=_seconds("duration", options.duration),
-            io_paths=_paths("io_paths", options.io_paths),
+            duration=duration,
+            relative_duration=relative_duration,
             dependencies=dependencies,
             job_id=options.job_id,
             parent_id=options.parent_id if options.parent_id is not None else self._parent(),
@@ -342,6 +461,22 @@ def _limits(limits: str | Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+def _beyond(wanted: Iterable[Mapping[str, int]], capacities: Mapping[str, int]) -> str | None:
+    """What is wrong with the first of these that cannot be had of limits with these capacities; None if all can."""
+    for name, n in sorted((name, n) for limits in wanted for name, n in limits.items()):
+        if name not in capacities:
+            return (
+                f"there is no limit {name!r}. Nothing was submitted: `aque limits set {name} N` makes it, and `aque limits` "
+                "lists those there are."
+            )
+        if n > capacities[name]:
+            return (
+                f"a task wants {n} of the limit {name!r}, which is {capacities[name]}. Nothing was submitted: "
+                f"`aque limits set {name} {n}` raises it."
+            )
+    return None
+
+
 def _tags(tags: str | Iterable[str]) -> list[str]:
     """Sorted, each once. Raises BadInput."""
     words = tags.split(",") if isinstance(tags, str) else list(tags)
@@ -363,7 +498,8 @@ def _environment(variables: Mapping[bytes, bytes]) -> bytes:
 @lru_cache(maxsize=16)
 def _joined_environment(variables: tuple[tuple[bytes, bytes], ...]) -> bytes:
     """Remembered, since all tasks of a graph have the same."""
-    kept = sorted((name, value) for name, value in variables if name not in _OWN_VARIABLES)
+    own = {*_OWN_VARIABLES, *dict(variables).get(b"AQUE_THREAD_VARIABLES", b"").split(b",")}
+    kept = sorted(pair for pair in variables if pair[0] not in own and not _is_index(pair[0]))
     for name, value in kept:
         if not name or b"=" in name or b"\0" in name or b"\0" in value:
             raise BadInput(
@@ -371,6 +507,11 @@ def _joined_environment(variables: tuple[tuple[bytes, bytes], ...]) -> bytes:
                 "and neither it nor the value may hold a NUL byte. Nothing was submitted."
             )
     return b"".join(name + b"=" + value + b"\0" for name, value in kept)
+
+
+def _is_index(name: bytes) -> bool:
+    """True for what says which pieces of a resource the task has that this process is part of."""
+    return name.startswith(b"AQUE_") and name.endswith(b"_INDICES")
 
 
 def _path(what: str, path: str | bytes) -> bytes:
@@ -387,6 +528,25 @@ def _paths(what: str, paths: Iterable[str | bytes]) -> tuple[bytes, ...]:
     if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
         raise BadInput(f"{what} must be a list of paths, not {paths!r:.60}. Nothing was submitted.")
     return tuple(_path(what, path) for path in paths)
+
+
+def _io_paths(options: Options, cwd: bytes) -> tuple[bytes, ...]:
+    """The paths that were given, absolute, each once."""
+    if not options.io:
+        return ()
+    return tuple(dict.fromkeys(hints.absolute(path, cwd) for path in _paths("io_paths", options.io_paths)))
+
+
+def _files(redirections: Redirections) -> Iterator[bytes]:
+    return filter(None, (redirections.stdin, redirections.stdout, redirections.stderr))
+
+
+class _Placed(dict[tuple[Requirement, tuple[bytes, ...]], Requirement]):
+    """A requirement and its places -> the requirement with them: there are few, for many tasks."""
+
+    def __missing__(self, key: tuple[Requirement, tuple[bytes, ...]]) -> Requirement:
+        self[key] = replace(key[0], places=key[1])
+        return self[key]
 
 
 def _umask() -> int:
@@ -408,6 +568,11 @@ def _integer(what: str, value: int, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise BadInput(f"{what} must be a whole number from {low} to {high}, not {value!r:.60}.")
     return value
+
+
+def _duration(value: float | str) -> tuple[float, float]:
+    """Seconds, and how many times the average; one of them is 0."""
+    return (0.0, durations.multiple(value)) if isinstance(value, str) else (_seconds("duration", value), 0.0)
 
 
 def _limit(what: str, value: float | None) -> float | None:

@@ -109,6 +109,8 @@ class Supervisor:
         self.paused: set[int] = set()
         self.cpu_seconds = 0.0
         self.max_rss_bytes = 0
+        #: As the kernel counts them, of 512 bytes: read from and written to disks and servers.
+        self.blocks_read = self.blocks_written = 0
         self.immortal: set[int] = set()
 
     def on_terminate(self, number: int, _frame: object) -> None:
@@ -461,6 +463,8 @@ class Supervisor:
                 return
             self.cpu_seconds += used.ru_utime + used.ru_stime
             self.max_rss_bytes = max(self.max_rss_bytes, used.ru_maxrss * 1024)
+            self.blocks_read += used.ru_inblock
+            self.blocks_written += used.ru_oublock
             if pid == self.command:
                 self.status = status
                 self.hasten()
@@ -514,6 +518,8 @@ class Supervisor:
                     "result_bytes": self.total[RESULT],
                     "cpu_seconds": self.cpu_seconds,
                     "max_rss_bytes": self.max_rss_bytes,
+                    "read_bytes": self.blocks_read * 512,
+                    "written_bytes": self.blocks_written * 512,
                     "immortal": sorted(self.immortal),
                 }
             ),

@@ -72,7 +72,8 @@ class TaskSpec:
     requirement: Requirement
     priority: int = 0  #: higher first
     age_rank: int = 0  #: added to the priority: what its age is worth, see setting priority_per_hour
-    duration: float = 0.0  #: expected seconds; 0: unknown
+    duration: float = 0.0  #: expected seconds; 0: what past runs say
+    relative_duration: float = 0.0  #: in its place: so many times the average of its priority
     function: str = ""  #: PYTHON: "module:qualname"
     arguments: bytes = b""  #: PYTHON: JSON of [args, kwargs]
     inputs: tuple[int, ...] = ()  #: PYTHON: tasks whose results the arguments name
@@ -84,7 +85,9 @@ class TaskSpec:
     umask: int = 0o022
     environment: bytes = b""  #: NAME=VALUE, each ended by NUL; empty for PYTHON that only a pool may run
     import_path: tuple[str, ...] = ()  #: PYTHON: the submitter's, for the message when the import fails on a worker
-    io_paths: tuple[bytes, ...] = ()
+    io_paths: (
+        tuple[bytes, ...] | None
+    ) = ()  #: absolute; None: SHELL, those of its words that are paths, see `Submitter.submit`
     io_bytes: int = 0  #: their size, as the submitter sees it; 0: unknown
     dependencies: tuple[Dependency, ...] = ()
     job_id: int | None = None  #: None: its own job
@@ -159,6 +162,26 @@ class ClaimedTask:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What an attempt has used, with all of its processes that somebody waited for."""
+
+    cpu_seconds: float  #: user and system time
+    max_rss_bytes: int  #: of the largest process
+    read_bytes: int  #: from disks and servers; what was in the page cache is not counted
+    written_bytes: int  #: to disks and servers, when it was written to the page cache
+
+
+@dataclass(frozen=True, slots=True)
+class HostFailure:
+    """The host could not start a task, through no fault of the task's: another host may."""
+
+    class_id: int
+    job_id: int
+    reason: Reason
+    why: str  #: as a sentence part, as in `cannot enter /shots/a: No such file or directory`
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How an attempt ended. `value` and `error` are encoded JSON, already within the result limit."""
 
@@ -174,6 +197,8 @@ class Outcome:
     error: bytes | None = None
     truncated: bool = False  #: output was cut
     ended: float | None = None  #: when, on this process's monotonic clock; None: now
+    usage: Usage | None = None  #: None: not measured
+    host_failure: HostFailure | None = None  #: the end is the host's, not the task's
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from celery.platforms import EX_OK
 from celery.worker import state as celery_state
 
 from aque import machine, reload, restart
+from aque.assignments import Assignments
 from aque.chooser import Place
 from aque.commands import CommandRunner
 from aque.contain import Strangers
@@ -25,7 +26,7 @@ from aque.runner import Attempt, Runner
 from aque.scheduler import Scheduler
 from aque.settings import Settings
 from aque.signals import WorkerSignals
-from aque.store import Store
+from aque.store import DatabaseError, Store
 from aque.values import ClaimedTask, WorkerInfo
 from aque.version import __version__
 
@@ -57,6 +58,7 @@ class AqueWorker:
         self.strangers = strangers
         self.signals = signals
         self.is_described = worker_id is None
+        self._avoids_shown: tuple[tuple[str, ...], dict[bytes, str]] | None = None
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
         self.whole = _whole(settings, worker.pool)
@@ -93,6 +95,7 @@ class AqueWorker:
             place,
             self,
             (lambda: None) if strangers is None else strangers.end,
+            Assignments(os.sched_getaffinity(0) if settings.pin else (), parse_indices(settings.resources)),
         )
         self.scheduler = Scheduler(
             store,
@@ -141,6 +144,8 @@ class AqueWorker:
             attempts[task.id] = self.runner.adopt(task, began, killed)
             return attempts[task.id]
 
+        self.runner.assignments.adopt(handed_over["assignments"])
+        self.scheduler.run_times.put(handed_over["run_times"])
         self.scheduler.adopt(handed_over["scheduler"], attempt_of)
         callbacks = {task_id: attempt.command_callbacks for task_id, attempt in attempts.items()}
         for task_id, command in self.commands.adopt(handed_over["commands"], callbacks).items():
@@ -157,9 +162,12 @@ class AqueWorker:
         self.eventer.stop(1.0)
         attempts = self.scheduler.attempts()
         commands = self.commands.export({a.command: i for i, a in attempts.items() if a.command is not None})
+        scheduler = self.scheduler.export(commands["running"])
         state = {
             "commands": commands,
-            "scheduler": self.scheduler.export(commands["running"]),
+            "scheduler": scheduler,
+            "run_times": self.scheduler.run_times.take(),
+            "assignments": self.runner.assignments.export((task.id, task.attempt) for task, *_ in scheduler["running"]),
             "lease_until": self.runner.lease_until,
         }
         self.store.close()
@@ -171,9 +179,25 @@ class AqueWorker:
         """The lease holds until this moment of `lease_clock`. After a restart: write what has changed about this worker. While
         it runs more than it may now, its row keeps the larger numbers, which are what its tasks have reserved."""
         self.runner.renew(until)
+        self._write_run_times(connection)
+        self._show_avoided(connection)
         if not self.is_described and not self.ledger.is_over_budget:
             self.store.describe(connection, self._info(self.worker_id))
             self.is_described = True
+
+    def _write_run_times(self, connection: Any) -> None:
+        runs = self.scheduler.run_times.take()
+        try:
+            self.store.run_times.record(connection, runs)
+        except DatabaseError as error:  # of an average they will not be missed: nothing else must wait for them
+            logger.warning("the run times of %d names were not written: %s", len(runs), str(error).splitlines()[0])
+
+    def _show_avoided(self, connection: Any) -> None:
+        """Write what is not claimed for a while, if that has changed; the image before this one may have left something."""
+        shown = self.scheduler.avoids(), self.scheduler.missing_paths
+        if shown != self._avoids_shown:
+            self.store.refusals.set_avoids(connection, self.worker_id, *shown)
+            self._avoids_shown = shown
 
     def register(self, draining: bool = False) -> int:
         """A new incarnation of this worker in the table; its id."""
@@ -192,6 +216,7 @@ class AqueWorker:
             (worker_id,) = self.store.reserve_ids(connection, 1)
             self.store.register(connection, self._info(worker_id), draining)
         self.worker_id = worker_id
+        self._avoids_shown = (), {}
         self.runner.lease_until = before + self.settings.lease_seconds
         return worker_id
 
@@ -242,6 +267,7 @@ class AqueWorker:
         try:
             if clean:
                 with self.store.connect() as connection:
+                    self._write_run_times(connection)
                     self.store.unregister(connection, self.worker_id)
         except AqueError as error:
             logger.error("this worker could not sign off: %s", error)

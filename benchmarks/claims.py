@@ -24,6 +24,8 @@ import sqlalchemy as sa
 from aque import chooser
 from aque.chooser import Place
 from aque.claimer import MOST, Claimer
+from aque.classes import Classes
+from aque.mounts import Mounts
 from aque.resources import Capacity
 from aque.settings import Settings, load
 from aque.states import State
@@ -37,7 +39,7 @@ FREE = Capacity(Fraction(1, 2), 1 << 36, 8, 128)
 PLACE = Place("here", "linux", frozenset({"celery"}), WHOLE)
 
 
-def classes(count: int, fitting: int) -> list[Requirement]:
+def requirements(count: int, fitting: int) -> list[Requirement]:
     """`fitting` that the worker can run, each with other memory; the others want more CPUs than it has."""
     return [
         Requirement("celery", Pattern.SHELL, "0.0625" if n < fitting else "64", memory_bytes=n << 20)
@@ -45,9 +47,9 @@ def classes(count: int, fitting: int) -> list[Requirement]:
     ]
 
 
-def fill(store: Store, rows: int, requirements: list[Requirement]) -> None:
+def fill(store: Store, rows: int, kinds: list[Requirement]) -> None:
     """Ready tasks, spread over the classes; those of classes that do not fit have the higher priority."""
-    specs = [TaskSpec(0, "frame", r, priority=int(r.cpus == "64"), argv=(b"true",)) for r in requirements]
+    specs = [TaskSpec(0, "frame", r, priority=int(r.cpus == "64"), argv=(b"true",)) for r in kinds]
     with store.connect() as connection:
         store.intern(connection, specs)
     for start in range(0, rows, 50_000):
@@ -89,7 +91,8 @@ def plain(connection: Any) -> Any:
 def measure(store: Store, settings: Settings, rounds: int) -> dict[str, float]:
     """Median milliseconds of each part."""
     worker_id = worker(store)
-    claimer = Claimer(store, settings, PLACE, lambda name: None)
+    classes = Classes(store, settings, PLACE, Mounts(PLACE.host, lambda: None))
+    claimer = Claimer(store, settings, classes, lambda name: None)
     token = iter(range(1, 1 << 30))
     with store.connect() as connection:
         claimer.look(connection, worker_id, FREE, list, 0)  # from now on it knows the classes
@@ -102,9 +105,9 @@ def measure(store: Store, settings: Settings, rounds: int) -> dict[str, float]:
                 taken = claimer.claim(own, look().start, worker_id, next(token), State.RUNNING)
                 assert len(taken) == 8, len(taken)
 
-        unfit = [i for i, never in claimer._never.items() if never]
+        unfit = classes.unfit
         found = store.candidates(connection, unfit, claimer._window)
-        known = {i: chooser.Class(claimer.need(i)) for i in found}
+        known = {i: chooser.Class(classes.need(i)) for i in found}
         return {
             "candidates": milliseconds(lambda: store.candidates(connection, unfit, claimer._window), rounds),
             "choose": milliseconds(lambda: chooser.choose(found, known, FREE, MOST), rounds),
@@ -153,7 +156,7 @@ def main() -> int:
             engine.dispose()
             store = open_store(settings)
             began = time.perf_counter()
-            fill(store, chosen.rows, classes(chosen.classes, fitting))
+            fill(store, chosen.rows, requirements(chosen.classes, fitting))
             print(
                 f"{kind}: {chosen.rows} ready tasks, {chosen.classes} classes of which {fitting} fit "
                 f"(submitted in {time.perf_counter() - began:.0f} s)"

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import pytest
 
+from tests import filesystems
 from tests.servers import MissingBinary, PostgreSQL, Redis, Server
 
 AnyServer = TypeVar("AnyServer", bound=Server)
@@ -77,6 +78,15 @@ def own_redis() -> Iterator[Redis]:
     """A Redis of the test's own, to stop, pause and kill."""
     with start(Redis) as server:
         yield server
+
+
+@pytest.fixture
+def file_systems(tmp_path: Path) -> Iterator[filesystems.FileSystems]:
+    """Mounts, below a directory of the test's own, that are gone after the test; skips the test of who cannot mount."""
+    base = tmp_path / "mounts"
+    base.mkdir()
+    with filesystems.file_systems(base) as found:
+        yield found
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

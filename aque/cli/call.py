@@ -51,7 +51,9 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
         )
     context = click.get_current_context()
     if not chosen["interpreter"]:  # another one may have modules that are not here
-        own = _options_of(_function(function))
+        own = _options_of(_function(function), *_arguments(words))
+        if chosen["io"] or chosen["no_io"]:  # what the caller says of its paths replaces all that the task says
+            own = {name: value for name, value in own.items() if name not in ("io", "no_io")}
         chosen |= {
             name: value
             for name, value in own.items()
@@ -85,15 +87,28 @@ def _wait(farm: Farm, spec: TaskSpec, local: bool) -> int:
     return exit_status(end)
 
 
-def _options_of(found: Any) -> dict[str, Any]:
-    """The options with which a function was made a task, by their names on the command line; none of any other function."""
+def _options_of(found: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options with which a function was made a task, by their names on the command line, for a call with these arguments;
+    none of any other function."""
     if "aque.celery_app" not in sys.modules:  # so it is not a task of Aque
         return {}
     from aque.celery_app import TASK_OPTIONS
 
     given = {name: value for name in TASK_OPTIONS if (value := getattr(found, name, None)) is not None}
+    if "io" in given:
+        given["no_io"] = not given.pop("io")
     if "io_paths" in given:
         given["io"] = given.pop("io_paths")
+    if given.get("no_io"):
+        given.pop("io", None)
+    if callable(given.get("io")):
+        try:
+            given["io"] = given["io"](*args, **kwargs)
+        except Exception as error:
+            raise BadInput(
+                f"the task's io_paths cannot be told: {type(error).__name__}: {error}. Nothing was submitted: correct that "
+                "function, or give --no-io."
+            ) from error
     if "requeue" in given:
         given["no_requeue"] = not given.pop("requeue")
     return given

@@ -34,6 +34,7 @@ VERBS = {
     "Change": {
         "kill": "end tasks, or withdraw them before they start",
         "set": "change tasks that wait: priority, cpus, host, ...",
+        "limits": "bound how many tasks of the farm use something at once",
     },
     "Set up": {
         "worker": "run tasks on this machine",

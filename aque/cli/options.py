@@ -8,6 +8,7 @@ import click
 
 from aque.cli import ids
 from aque.cli.farm import Farm
+from aque.durations import multiple
 from aque.errors import BadInput
 from aque.submitter import Options, Submitter
 from aque.values import Condition, Dependency, TaskSpec
@@ -33,6 +34,14 @@ def in_seconds(_context: click.Context, _option: click.Parameter, value: str | N
     return None if value is None else seconds(value)
 
 
+def expected(_context: click.Context, _option: click.Parameter, value: str) -> float | str:
+    """The callback of --duration: a length of time in seconds, or a multiple as it was written. Raises BadInput."""
+    if value.strip().lower().endswith("x"):
+        multiple(value)
+        return value
+    return seconds(value)
+
+
 _WHAT = [
     click.option("--name", metavar="TEXT", default="", help="What to call it; else the command's or function's name."),
     click.option("--queue", metavar="NAME", default="", help="The queue; workers choose which they serve."),
@@ -53,9 +62,19 @@ _WHAT = [
     click.option("--after", metavar="IDS", multiple=True, help="Start when these tasks have succeeded."),
     click.option("--after-any", metavar="IDS", multiple=True, help="Start when these tasks have ended, however."),
     click.option("--after-failed", metavar="IDS", multiple=True, help="Start when these tasks have not succeeded."),
-    click.option("--io", metavar="PATH", multiple=True, help="A path that it reads or writes. May be repeated."),
     click.option(
-        "--duration", metavar="TIME", default="0", callback=in_seconds, help="Expected run time: 90s 5m 2h 1d."
+        "--io",
+        metavar="PATH",
+        multiple=True,
+        help="A path that it reads or writes, in place of those that its words name. Repeatable.",
+    ),
+    click.option("--no-io", is_flag=True, help="It reads and writes nothing to speak of, whatever its words name."),
+    click.option(
+        "--duration",
+        metavar="TIME",
+        default="0",
+        callback=expected,
+        help="Expected run time: 90s 5m 2h 1d, or 2x the average of its priority; else what past runs took.",
     ),
     click.option("--time-limit", metavar="TIME", callback=in_seconds, help="End it after this time."),
     click.option(
@@ -120,6 +139,8 @@ def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
                 raise BadInput(
                     f"task {upstream} is named by two of --after, --after-any and --after-failed: choose one."
                 )
+    if chosen["io"] and chosen["no_io"]:
+        raise BadInput("--io names paths and --no-io says that there are none: choose one. Nothing was submitted.")
     return Options(
         name=chosen["name"],
         queue=chosen["queue"],
@@ -134,6 +155,7 @@ def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
         requires_paths=chosen["requires"],
         duration=chosen["duration"],
         io_paths=chosen["io"],
+        io=not chosen["no_io"],
         time_limit=chosen["time_limit"],
         soft_time_limit=chosen["soft_time_limit"],
         user=chosen["user"],

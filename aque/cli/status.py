@@ -1,6 +1,7 @@
 """`aque status`: list tasks, and say why they are not running."""
 
 import csv
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,8 @@ from aque.states import COMPLETE_STATES, READY_STATES, UNREADY_STATES, State
 #: What `--json` prints, in this order; programs rely on it.
 FIELDS = (
     "id", "name", "state", "reason", "attempt", "worker", "exit_code", "signal", "priority", "cpus", "memory",
-    "depends_on", "parent_id", "job_id", "submitter", "submitted_at", "started_at", "finished_at",
+    "depends_on", "parent_id", "job_id", "submitter", "submitted_at", "started_at", "finished_at", "duration", "io_bytes",
+    "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes",
 )  # fmt: skip
 #: What `why` is made of.
 _NOT_STARTED = READY_STATES | UNREADY_STATES
@@ -30,8 +32,9 @@ _FOR_WHY = ("id", "state", "unmet")
 #: What can be asked for besides.
 _MORE = (
     "queue", "pattern", "host", "platform", "user", "interpreter", "resources", "limits", "tags", "requires_paths", "unmet",
-    "layer", "seq", "lost", "progress", "duration", "celery_id", "why",
+    "layer", "seq", "lost", "progress", "celery_id", "places", "why",
 )  # fmt: skip
+_OF_AN_ATTEMPT = frozenset({"worker", "started_at", "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes"})
 _TABLE = (
     "id", "state", "reason", "exit_code", "signal", "cpus", "memory", "worker", "submitted_at", "started_at",
     "finished_at", "name",
@@ -91,7 +94,7 @@ def command(
             shown = f"unfinished tasks, and {user_name()}'s that finished in the last hour"
         for row in rows:
             if row.get("state") in _NOT_STARTED:  # what an earlier attempt has left says nothing about now
-                row.update(dict.fromkeys({"worker", "started_at"} & row.keys()))
+                row.update(dict.fromkeys(_OF_AN_ATTEMPT & row.keys()))
         if needs_why:
             ready = _whys(farm, rows)
             for row in rows:
@@ -178,6 +181,8 @@ def _print_csv(rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> None:
 
 
 def _csv_value(value: Any) -> str:
+    if isinstance(value, tuple):  # of paths
+        return " ".join(escape(os.fsdecode(path)) for path in value)
     if isinstance(value, list):
         return " ".join(map(str, value))
     if isinstance(value, datetime):

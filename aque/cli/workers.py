@@ -100,7 +100,12 @@ def _list(as_lines_of_json: bool, everyone: bool) -> int:
                 f"{span(now - row.seen_at)} ago",
             ]
         )
-    print("\n".join(columns(header, table, frozenset({"pid", "cpus", "memory", "running", "reserved", "age", "seen"}))))
+    first, *lines = columns(header, table, frozenset({"pid", "cpus", "memory", "running", "reserved", "age", "seen"}))
+    print(first)
+    for row, line in zip(rows, lines, strict=True):
+        print(line)
+        for sentence in row.avoids if row.is_live else ():
+            print(escape(f"  avoids {sentence}"))
     return 0
 
 
@@ -137,6 +142,7 @@ def _values(row: WorkerRow, number: int, cpus: Fraction) -> dict[str, object]:
         "user": row.info.user,
         "switches_user": row.info.switches_user,
         "containment": row.info.containment,
+        "avoids": row.avoids if row.is_live else (),
         "started_at": datetime.fromtimestamp(row.started_at, UTC),
         "seen_at": datetime.fromtimestamp(row.seen_at, UTC),
     }

@@ -9,6 +9,8 @@ from aque.store.engine import (
     one_statement,
     transaction,
 )
+from aque.store.limits import LimitRow
+from aque.store.refusals import Refusal
 from aque.store.store import (
     Finding,
     Finished,
@@ -29,7 +31,9 @@ __all__ = [
     "Finished",
     "Kill",
     "Killed",
+    "LimitRow",
     "Orders",
+    "Refusal",
     "Released",
     "Store",
     "StoredResult",

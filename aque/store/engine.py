@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
+from aque import hints
 from aque.errors import BadStateDirectory, StoreUnreachable
 
 T = TypeVar("T")
@@ -26,32 +27,14 @@ Engine: TypeAlias = sa.Engine
 #: What the driver raises: the connection or the server failed, or the data was refused.
 DatabaseError = sa.exc.DBAPIError
 
-#: SQLSTATEs after which the same transaction may simply be run again: serialization failure, deadlock.
-RETRY_STATES = frozenset({"40001", "40P01"})
-
-#: File systems on which SQLite's locks or its shared memory do not work between machines.
-NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "9p",
-        "afs",
-        "ceph",
-        "glusterfs",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "fuse.sshfs",
-        "ncpfs",
-    }
-)
-
+#: SQLSTATEs after which the same transaction may simply be run again: serialization failure, deadlock, a lock that was not
+#: free in time (see `lock_table`).
+RETRY_STATES = frozenset({"40001", "40P01", "55P03"})
 
 #: How long a connection to SQLite waits for another's transaction.
 BUSY_SECONDS = 30
+#: How long a change of the whole farm waits for the transactions of workers, which take milliseconds.
+LOCK_SECONDS = 2
 
 
 def open_engine(url: str, **options: Any) -> sa.Engine:
@@ -135,6 +118,30 @@ def one_statement(connection: sa.Connection) -> Iterator[sa.Connection]:
         yield connection
 
 
+@contextmanager
+def inside_transaction(connection: sa.Connection) -> Iterator[None]:
+    """For a block of several statements that belong together: in the transaction that is open, or else in one of its own."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite":
+        is_open = driver.in_transaction
+    else:
+        is_open = _TO_BEGIN in connection.info or driver.info.transaction_status != 0  # libpq's PQTRANS_IDLE
+    if is_open:
+        yield
+    else:
+        with transaction(connection):
+            yield
+
+
+def lock_table(connection: sa.Connection, table: sa.Table) -> None:
+    """Until this transaction ends, let no other one change rows of `table` or lock any: first it waits for those that have, for
+    at most LOCK_SECONDS, since who comes later waits behind it. Reading goes on. SQLite: `transaction` does that already."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(
+            f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'; LOCK TABLE {table.name} IN EXCLUSIVE MODE"
+        )
+
+
 #: Held during SQLite's transactions and by whoever forks: SQLite keeps its locks in the memory of the process, and a child
 #: forked in the middle of a transaction would find the database locked for ever.
 _no_fork = threading.RLock()
@@ -203,7 +210,7 @@ def check_state_directory(file: Path) -> None:
     except OSError as error:
         raise BadStateDirectory(f"cannot create the state directory {directory}: {error.strerror}. {advice}") from error
     kind = file_system(directory)
-    if kind in NETWORK_FILE_SYSTEMS:
+    if kind in hints.NETWORK_FILE_SYSTEMS:
         raise BadStateDirectory(
             f"the state directory {directory} is on a network file system ({kind}), where SQLite cannot be shared. {advice}"
         )
@@ -231,21 +238,15 @@ def why_not_personal(file: Path) -> str | None:
     return None
 
 
-def file_system(path: Path, mountinfo: str | None = None) -> str:
+def file_system(path: Path, mountinfo: bytes | None = None) -> str:
     """The type of the file system that holds `path`, as in /proc/self/mountinfo; "" where that cannot be told."""
     if mountinfo is None:
         try:
-            mountinfo = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+            mountinfo = Path("/proc/self/mountinfo").read_bytes()
         except OSError:
             return ""
-    real, best, kind = os.path.realpath(path), "", ""
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        point = left.split()[4].replace("\\040", " ")
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, right.split()[0]
-    return kind
+    mount = hints.mount_of(os.path.realpath(os.fsencode(path)), hints.parse_mounts(mountinfo))
+    return mount.kind if mount else ""
 
 
 def shown_url(url: str | sa.URL) -> str:
@@ -420,6 +421,35 @@ def first_of_each(
         )
     lateral: Any = sa.select(table).where(chosen).order_by(number).limit(count).correlate(wanted).lateral("first")
     return sa.select(lateral).select_from(wanted.join(lateral, sa.true())).order_by(lateral.c[number.key])
+
+
+def first_unlocked(
+    dialect: str, wanted: Any, table: sa.Table, key: sa.Column[Any], where: Any, number: sa.Column[Any]
+) -> sa.Select[Any]:
+    """For each row of `wanted` (columns `name`, `n`, `below`) the `n` rows of `table` with the lowest `number`, under `below`,
+    whose `key` is the name and for which `where` holds, as (name, number); one with null if there is none.
+
+    PostgreSQL: rows that others have locked are passed over, the others are locked, both while it counts to `n`. SQLite, where
+    nobody else writes meanwhile, numbers them: its LIMIT takes no column.
+    """
+    columns = wanted.c
+    if dialect == "sqlite":
+        place = sa.func.row_number().over(partition_by=key, order_by=number).label("place")
+        first: Any = sa.select(key, number, place).where(where).subquery("first")
+        rows = first.c
+        joined = sa.and_(rows[key.name] == columns.name, rows[number.name] < columns.below, rows.place <= columns.n)
+    else:
+        first = (
+            sa.select(number)
+            .where(key == columns.name, where, number < columns.below)
+            .order_by(number)
+            .limit(columns.n)
+            .with_for_update(skip_locked=True, of=table)
+            .correlate(wanted)
+            .lateral("first")
+        )
+        joined = sa.true()
+    return sa.select(columns.name, first.c[number.name]).select_from(wanted.outerjoin(first, joined))
 
 
 def closure(dialect: str, first: Any, links: Sequence[tuple[Any, Any, Any]]) -> sa.CTE:

@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy as sa
 
 from aque import deps
+from aque.backoff import NOTHING_AVOIDED, Avoided
 from aque.chooser import Place
 from aque.errors import BadInput, BadStateDirectory, UnknownTask
 from aque.resources import Capacity, CpuRequest, parse_resources
@@ -32,9 +33,12 @@ from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
 from aque.store import schema
 from aque.store import statements as sql
 from aque.store.changes import Changes
-from aque.store.engine import copy_rows, open_engine, reachable, transaction, why_not_personal
+from aque.store.engine import copy_rows, inside_transaction, open_engine, reachable, transaction, why_not_personal
 from aque.store.explanations import Explanations
+from aque.store.limits import Limits
+from aque.store.refusals import Refusals
 from aque.store.reservations import Reservations
+from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
 from aque.values import (
     ClaimedTask,
@@ -45,6 +49,7 @@ from aque.values import (
     Redirections,
     Requirement,
     TaskSpec,
+    Usage,
     WorkerInfo,
 )
 
@@ -56,6 +61,8 @@ STDOUT_LIMIT = 64 << 10
 PIECES = 64
 #: From this many rows on COPY is faster than an INSERT with its parameters.
 COPY_FROM = 100
+#: See `Store.is_crowded`.
+MOST_CLASSES = 256
 
 
 @dataclass(slots=True)
@@ -65,6 +72,7 @@ class Released:
     ready: list[ReadyTask] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     groups: dict[int, State] = field(default_factory=dict)  #: groups that ended with their last member
+    freed: bool = False  #: tokens of limits, for which others may wait
 
 
 @dataclass(slots=True)
@@ -74,6 +82,7 @@ class Finished(Released):
     ended: dict[int, State] = field(default_factory=dict)
     repeated: list[int] = field(default_factory=list)  #: failed or lost, and ready for another attempt
     refused: list[int] = field(default_factory=list)  #: the claim no longer stands: nothing was written
+    elsewhere: list[int] = field(default_factory=list)  #: of `repeated`: this host could not start them
 
 
 @dataclass(slots=True)
@@ -146,11 +155,12 @@ class WorkerRow:
         """The worker as the choice sees it."""
         info = self.info
         resources = parse_resources(info.resources)
+        whole = Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots, resources)
         return Place(
             info.host,
             info.platform,
             frozenset(info.queues),
-            Capacity(Fraction(info.cpus), info.memory_bytes, info.python_slots, info.command_slots, resources),
+            whole,
             info.user,
             info.switches_user,
             self.draining,
@@ -161,10 +171,10 @@ class WorkerRow:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A broken invariant and the tasks (or workers) that break it."""
+    """A broken invariant and the tasks (or workers, or names of limits) that break it."""
 
     rule: str
-    ids: tuple[int, ...]
+    ids: tuple[int | str, ...]
 
 
 def unchecked_store(settings: Settings) -> "Store":
@@ -199,14 +209,17 @@ class Store:
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
         self.dialect = engine.dialect.name
+        self.limits = Limits(self.dialect)
         self.host = socket.gethostname()
         self.reservations = Reservations(self.dialect)
         self.explanations = Explanations(self.dialect)
         self.changes = Changes(self.dialect)
+        self.refusals = Refusals(self.dialect)
         self._requirement_ids: dict[Requirement, int] = {}
         self._requirements: dict[int, Requirement] = {}
         self._environment_ids: set[str] = set()
         self._clock = (-math.inf, 0.0)
+        self.run_times = RunTimes(self.dialect)
 
     @contextmanager
     def connect(self) -> Iterator[sa.Connection]:
@@ -237,8 +250,11 @@ class Store:
             return list(range(rows[0] - count + 1, rows[0] + 1))
         return sorted(rows)
 
-    def submit(self, connection: sa.Connection, specs: Sequence[TaskSpec]) -> dict[int, State]:
+    def submit(
+        self, connection: sa.Connection, specs: Sequence[TaskSpec], durations: Mapping[int, float] | None = None
+    ) -> dict[int, State]:
         """Insert these tasks and their edges, all or nothing, inside the caller's transaction; their first states.
+        `durations` are expected seconds by id, in place of what the specs say.
 
         Raises Cycle or UnknownTask, and then nothing has been written.
         """
@@ -249,9 +265,11 @@ class Store:
         everything = {**states, **{task_id: start.state for task_id, start in starts.items()}}
         now = self._wall(connection, time.monotonic())
         task_rows, payload_rows, edge_rows = [], [], []
+        durations = durations or {}
         for spec in specs:
             start = starts[spec.id]
-            task_rows.append(self._task_row(spec, start, dependents[spec.id], now))
+            duration = durations.get(spec.id, spec.duration)
+            task_rows.append(self._task_row(spec, start, dependents[spec.id], duration, now))
             if spec.requirement.pattern is not Pattern.GROUP:
                 payload_rows.append(self._payload_row(spec))
             edge_rows += [
@@ -310,6 +328,15 @@ class Store:
             found[requirement] = known[requirement]
         return found
 
+    def is_crowded(self, connection: sa.Connection, requirements: Iterable[Requirement]) -> bool:
+        """True if some of these classes have places and are new, while so many classes with places have ready tasks that
+        more of them would make every claim slower."""
+        new = {r for r in requirements if r.places and r not in self._requirement_ids}
+        digests = [_requirement_key(requirement)["digest"] for requirement in new]
+        if not new or connection.execute(sql.known_digests(), {"digests": digests}).scalar_one() == len(new):
+            return False
+        return bool(connection.execute(sql.ready_classes_with_places(self.dialect)).scalar_one() > MOST_CLASSES)
+
     def _requirement_id(self, connection: sa.Connection, requirement: Requirement) -> int:
         key = _requirement_key(requirement)
         found = connection.execute(sql.find_requirement(), key).scalar()
@@ -329,7 +356,9 @@ class Store:
             raise UnknownTask(missing)
         return states
 
-    def _task_row(self, spec: TaskSpec, start: deps.Start, dependents: int, now: Any) -> tuple[Any, ...]:
+    def _task_row(
+        self, spec: TaskSpec, start: deps.Start, dependents: int, duration: float, now: Any
+    ) -> tuple[Any, ...]:
         is_group = spec.requirement.pattern is Pattern.GROUP
         reason = {State.SKIPPED: Reason.DEPENDENCY, State.ERROR: Reason.DEPENDENCY}.get(start.state)
         return (
@@ -338,7 +367,7 @@ class Store:
             None if is_group else self._requirement_ids[spec.requirement],
             spec.priority,
             spec.priority + spec.age_rank,
-            spec.duration,
+            duration,
             spec.io_bytes,
             start.unmet,
             dependents,
@@ -379,7 +408,7 @@ class Store:
             spec.umask,
             _digest(spec.environment) if spec.environment else None,
             _json_list(spec.import_path) if spec.import_path else b"",
-            _join(spec.io_paths),
+            _join(spec.io_paths or ()),
             spec.time_limit_seconds,
             spec.soft_time_limit_seconds,
             spec.strict_lease,
@@ -402,25 +431,70 @@ class Store:
                 self._requirements[row.id] = _requirement(row)
         return {i: self._requirements[i] for i in wanted}
 
-    def candidates(self, connection: sa.Connection, unfit: Iterable[int], limit: int) -> dict[int, list[ReadyTask]]:
-        """Up to `limit` ready tasks of each requirement class but those in `unfit`, best first within a class."""
-        parameters = {"unfit": list(unfit), "limit": limit}
+    def candidates(
+        self, connection: sa.Connection, unfit: Iterable[int], limit: int, avoided: Avoided = NOTHING_AVOIDED
+    ) -> dict[int, list[ReadyTask]]:
+        """Up to `limit` ready tasks of each requirement class, best first within a class, but for the classes in `unfit` and
+        what is `avoided`."""
+        parameters = {"unfit": [*unfit, *avoided.classes], "limit": limit}
         by_class: dict[int, list[ReadyTask]] = {}
-        for row in connection.execute(sql.candidates(self.dialect), parameters):
+        if left_out := bool(avoided.tasks or avoided.jobs):
+            parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs)}
+        for row in connection.execute(sql.candidates(self.dialect, left_out), parameters):
             by_class.setdefault(row.requirement_id, []).append(_ready(row))
         for ready in by_class.values():  # the join gives them in no promised order
             ready.sort(key=lambda t: (-t.priority, -t.duration, t.id))
         return by_class
 
     def claim(
-        self, connection: sa.Connection, ids: Sequence[int], worker_id: int, token: int, state: State
+        self,
+        connection: sa.Connection,
+        ids: Sequence[int],
+        worker_id: int,
+        token: int,
+        state: State,
+        *,
+        limits: Mapping[int, Mapping[str, int]] | None = None,
     ) -> list[ClaimedTask]:
-        """Give those of `ids` that are still ready to the worker, in the order of `ids`. Others may have been faster."""
+        """Give those of `ids` that are still ready to the worker, in the order of `ids`. Others may have been faster.
+
+        `limits` says what of them must hold which tokens of farm-wide limits (task -> name -> how many): it is left ready if
+        they are not to be had. All in one transaction, the caller's if there is one.
+        """
+        wanted = {i: limits[i] for i in ids if limits.get(i)} if limits else {}
+        if not wanted:
+            return self._claim(connection, ids, worker_id, token, state, {})
+        with inside_transaction(connection):
+            # Tokens first: where they are short, nobody's rows are locked for nothing.
+            taken = self.limits.take(connection, wanted)
+            ids = [i for i in ids if i not in wanted or i in taken]
+            held = {i: len(tokens) for i, tokens in taken.items() if tokens}
+            claimed = self._claim(connection, ids, worker_id, token, state, held)
+            got = {task.id for task in claimed}
+            self.limits.undo(connection, [held for i, tokens in taken.items() if i not in got for held in tokens])
+        return claimed
+
+    def _claim(
+        self,
+        connection: sa.Connection,
+        ids: Sequence[int],
+        worker_id: int,
+        token: int,
+        state: State,
+        held: Mapping[int, int],
+    ) -> list[ClaimedTask]:
         if not ids:
             return []
-        parameters = {"ids": list(ids), "to_worker": worker_id, "new_token": token, "to_state": str(state)}
+        parameters: dict[str, Any] = {
+            "ids": list(ids),
+            "to_worker": worker_id,
+            "new_token": token,
+            "to_state": str(state),
+        }
         parameters["starts_at"] = self._wall(connection, time.monotonic()) if state is State.RUNNING else None
-        rows = connection.execute(sql.claim(self.dialect), parameters).all()
+        if held:
+            parameters["held"] = json.dumps([{"id": i, "n": n} for i, n in held.items()])
+        rows = connection.execute(sql.claim(self.dialect, bool(held)), parameters).all()
         if self.dialect == "sqlite" and rows:
             moved = [row.id for row in rows]
             rows = connection.execute(sql.claimed_tasks(self.dialect), {"ids": moved}).all()
@@ -462,15 +536,24 @@ class Store:
         if rows:
             connection.execute(sql.start(self.dialect), {"rows": json.dumps(rows)})
 
-    def give_back(self, connection: sa.Connection, claims: Iterable[tuple[int, int]]) -> list[int]:
-        """Make these active tasks, as (id, token), ready again without spending an attempt; returns which were."""
+    def give_back(
+        self, connection: sa.Connection, claims: Iterable[tuple[int, int]], reason: Reason | None = None
+    ) -> list[int]:
+        """Make these active tasks, as (id, token), ready again without spending an attempt; returns which were. `reason` is
+        kept with the attempts."""
         rows = [{"id": i, "token": token} for i, token in claims]
         if not rows:
             return []
-        returned = [row.id for row in connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)})]
+        moved = connection.execute(sql.give_back(self.dialect), {"rows": json.dumps(rows)}).all()
+        returned = [row.id for row in moved]
         if returned:
-            self._keep_attempts(connection, returned, "given back", None)
+            self._keep_attempts(connection, returned, "given back", reason)
+            self._free_tokens(connection, moved)
         return returned
+
+    def _free_tokens(self, connection: sa.Connection, moved: Iterable[Any]) -> bool:
+        """Free what tasks (rows of id, tokens) hold that this transaction has taken from their worker; True if anything."""
+        return self.limits.give_back(connection, [row.id for row in moved if row.tokens])
 
     # -- finish and release -------------------------------------------------------------------------------------------
 
@@ -514,6 +597,7 @@ class Store:
             released.ready,
             released.skipped,
             released.groups,
+            self._free_tokens(connection, written),
             ended,
             repeated,
             [o.id for o in outcomes if o.id not in moved],
@@ -532,6 +616,7 @@ class Store:
             "truncated": outcome.truncated,
             "started_at": ended - outcome.ran_seconds,
             "ended_at": ended,
+            **{name: getattr(outcome.usage, name, None) for name in Usage.__slots__},
             "repeat": outcome.state is State.ERROR,
         }
 
@@ -649,6 +734,7 @@ class Store:
             released.ready,
             released.skipped,
             released.groups,
+            released.freed,
             ended,
             requested,
             spared,
@@ -817,7 +903,9 @@ class Store:
         if ran := [item.id for item in held if item.state == State.RUNNING and item.id in again]:
             self._keep_attempts(connection, ran, "lost", Reason.WORKER_LOST)
         moved = connection.execute(sql.lose(self.dialect), {"rows": json.dumps(rows)}).all()
-        return self.release(connection, moved)
+        released = self.release(connection, moved)
+        released.freed = self._free_tokens(connection, moved)
+        return released
 
     # -- questions ----------------------------------------------------------------------------------------------------
 

@@ -262,7 +262,7 @@ reservation = sa.Table(
 run_time = sa.Table(
     "aque_run_time",
     metadata,
-    sa.Column("name", sa.Text, primary_key=True, comment="of tasks; empty: all"),
+    sa.Column("name", sa.Text, primary_key=True, comment="digits are 0; empty: all runs; 1: all with a size"),
     sa.Column("runs", sa.BigInteger, nullable=False),
     sa.Column("seconds", sa.Double, nullable=False, comment="moving average of successful runs"),
     sa.Column("io_bytes", sa.Double, comment="moving average of the size of their io_paths; null: unknown"),

@@ -51,6 +51,23 @@ def test_status_json_has_the_fields_of_the_contract_in_their_order(aque):
     assert row["why"] == "waits for 1 task"
 
 
+def test_status_json_has_what_attempts_have_used_after_the_fields_of_the_contract(aque):
+    aque.submit("--", "true")
+    (row,) = rows(aque)
+    assert list(row)[18:] == [
+        "duration", "io_bytes", "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes", "why",
+    ]  # fmt: skip
+    assert [row[name] for name in ("cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes")] == [None] * 4
+
+
+def test_a_duration_can_be_relative_to_the_average_of_its_priority(aque):
+    aque.submit("--duration", "2m", "--priority", "3", "--", "true")
+    task_id = aque.submit("--duration", "0.5x", "--priority", "3", "--", "true")
+    assert aque("status", str(task_id), "--csv", "duration").out == "duration\n60.0\n"
+    called = aque("call", "--duration", "2X", "os:getpid").id
+    assert aque("status", str(called), "--csv", "duration").out == "duration\n120.0\n"  # nothing is known: 2 minutes
+
+
 def test_options_end_at_the_first_word_that_is_not_one(aque):
     task_id = aque.submit("--cpus", "2", "gzip", "--cpus", "9")
     assert aque("status", str(task_id), "--csv", "name,cpus").out == "name,cpus\ngzip,2\n"
@@ -70,6 +87,9 @@ def test_one_word_that_a_shell_would_take_apart_is_refused(aque):
         (["--cpus", "5/4"], "cannot read CPU reservation"),
         (["--memory", "2X"], "cannot read memory"),
         (["--duration", "soon"], "cannot read the time 'soon'"),
+        (["--duration", "0x"], "cannot read the duration '0x'"),
+        (["--duration", "1001x"], "at most 1000"),
+        (["--time-limit", "2x"], "cannot read the time '2x'"),
         (["--time-limit", "-1"], "cannot read the time"),
         (["--soft-time-limit", "soon"], "cannot read the time 'soon'"),
         (["--priority", "high"], "'high' is not a valid integer"),

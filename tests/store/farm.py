@@ -12,7 +12,9 @@ GROUP = Requirement("celery", Pattern.GROUP)
 SPEC = TaskSpec(id=0, name="true", requirement=COMMAND, argv=(b"/bin/true",), submitter="someone")
 
 
-def worker(store: Store, name: str = "celery@here", *, lease_seconds: float = 30.0, cpus: str = "1000") -> int:
+def worker(
+    store: Store, name: str = "celery@here", *, lease_seconds: float = 30.0, cpus: str = "1000", host: str = "here"
+) -> int:
     with store.begin() as connection:
         (worker_id,) = store.reserve_ids(connection, 1)
         store.register(
@@ -20,7 +22,7 @@ def worker(store: Store, name: str = "celery@here", *, lease_seconds: float = 30
             WorkerInfo(
                 worker_id,
                 name,
-                "here",
+                host,
                 1,
                 0.0,
                 "boot",

@@ -80,9 +80,9 @@ def test_a_state_directory_that_cannot_be_made_is_refused_with_what_to_set(tmp_p
 
 def test_the_file_system_of_a_path_is_that_of_its_longest_mount_point() -> None:
     mountinfo = (
-        "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
-        "2 1 0:9 / /home rw - nfs4 server:/home rw\n"
-        "3 2 8:2 / /home/with\\040blank rw - xfs /dev/sdb1 rw\n"
+        b"1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        b"2 1 0:9 / /home rw - nfs4 server:/home rw\n"
+        b"3 2 8:2 / /home/with\\040blank rw - xfs /dev/sdb1 rw\n"
     )
     assert file_system(Path("/etc"), mountinfo) == "ext4"
     assert file_system(Path("/home/someone/x"), mountinfo) == "nfs4"

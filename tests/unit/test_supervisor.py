@@ -889,3 +889,49 @@ def test_the_supervisor_needs_nothing_but_the_standard_library():
         "aque.supervisor",
         "aque.version",
     ]
+
+
+# -- what it uses, and the CPUs that it has -----------------------------------------------------------------------------
+
+
+def test_what_a_command_and_its_descendants_have_used_is_reported(run: Callable[..., Watched]) -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    hold = "x = bytearray(200 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1"
+    script = f'"$0" -c "{burn}"; "$0" -c "{hold}"; (setsid "$0" -c "{burn}" &)'
+    ended = run(b"sh", b"-c", os.fsencode(script + "; sleep 1"), os.fsencode(sys.executable)).wait()
+    assert ended.reason == "exit"
+    assert ended.cpu_seconds >= 0.6  # also of the one in a session of its own, which lost its parents
+    assert 200 << 20 <= ended.max_rss_bytes < 400 << 20
+
+
+def test_what_it_has_written_to_a_disk_is_reported_and_what_it_has_not_is_not(
+    run: Callable[..., Watched], tmp_path: Path
+) -> None:
+    write = "import os, sys\nf = open(sys.argv[1], 'wb'); f.write(bytes(20 << 20)); f.flush(); os.fsync(f.fileno())"
+    words = [os.fsencode(word) for word in (sys.executable, "-c", write)]
+    first = run(*words, os.fsencode(tmp_path / "file")).wait()
+    second = run(*words, b"/dev/null").wait()  # by the same supervisor
+    assert (first.reason, second.reason) == ("exit", "exit"), (first, second)
+    assert 20 << 20 <= first.written_bytes < 22 << 20
+    assert second.written_bytes < 1 << 20
+
+
+def affinity(command: Watched) -> set[int]:
+    assert command.wait().reason == "exit"
+    return set(eval(command.stdout))
+
+
+def test_a_command_is_bound_to_its_cpus_and_the_next_one_is_not(run: Callable[..., Watched], tmp_path: Path) -> None:
+    words = [os.fsencode(sys.executable), b"-c", b"import os; print(os.sched_getaffinity(0))"]
+    own = os.sched_getaffinity(0)
+    (last,) = sorted(own)[-1:]
+    assert affinity(run(*words, cpus=(last,))) == {last}
+    assert affinity(run(*words)) == own
+    assert affinity(run(*words, cpus=(last,), redirections=(b"/dev/null", None, None))) == {last}  # by a fork
+    assert affinity(run(*words)) == own
+
+
+def test_a_command_that_cannot_be_bound_is_not_started(run: Callable[..., Watched]) -> None:
+    ended = run(b"true", cpus=(4000,)).wait()
+    assert ended.reason == "cannot_execute"
+    assert "4000" in ended.message

@@ -172,3 +172,37 @@ def work_until_told(path: str, tidies: bool = True, deaf: bool = False) -> str:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             wait_for(path + ".never")
     return "told"
+
+
+@aque.task
+def use(seconds: float, mib: int, written_mib: int, path: str = os.devnull) -> None:
+    """Burn CPU time, hold memory for a moment, write to a disk."""
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+    held = bytearray(mib << 20)
+    held[::4096] = b"x" * len(held[::4096])
+    if written_mib:
+        with open(path, "wb") as file:
+            file.write(bytes(written_mib << 20))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@aque.task
+def affinity() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+@aque.task
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+@aque.task
+def gpu_then_wait(path: str, gate: str) -> str:
+    """Which GPU it has, in a file before the gate opens, and then as its result."""
+    Path(path + ".new").write_text(os.environ["AQUE_GPU_INDICES"])
+    Path(path + ".new").rename(path)
+    wait_for(gate)
+    return os.environ["AQUE_GPU_INDICES"]

@@ -7,9 +7,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from aque.states import ENDING_SIGNALS, State
 from aque.store.tables import task
+from aque.values import Usage
 
 Statement = Any  # some SQLAlchemy construct: its own type says nothing that a caller could use
 ON_WORKER = (State.CLAIMED, State.RUNNING)
+#: Of a task and of an attempt.
+USAGE_COLUMNS = tuple(Usage.__slots__)
 
 
 # Literals, not parameters: PostgreSQL uses a partial index only where it can prove its condition.

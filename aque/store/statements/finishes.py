@@ -11,6 +11,7 @@ from aque.store.engine import closure, one_of, row_set, wall_clock
 from aque.store.statements.claims import READY_COLUMNS
 from aque.store.statements.common import (
     ON_WORKER,
+    USAGE_COLUMNS,
     Statement,
     in_states,
     insert_into,
@@ -33,6 +34,7 @@ _OUTCOME: dict[str, sa.types.TypeEngine[Any]] = {
     "truncated": sa.Boolean(),
     "started_at": sa.Double(),
     "ended_at": sa.Double(),
+    **{name: task.c[name].type for name in USAGE_COLUMNS},
     "repeat": sa.Boolean(),
 }
 
@@ -70,14 +72,14 @@ def _with_result(finishing: Any) -> Statement:
     stored = (
         _store_results("postgresql", ["task_id", "value", "error"], values).returning(result.c.task_id).cte("stored")
     )
-    return sa.select(moved.c.id, moved.c.state, moved.c.dependents).add_cte(stored)
+    return sa.select(moved.c.id, moved.c.state, moved.c.dependents, moved.c.tokens).add_cte(stored)
 
 
 @cache
 def finish_alone(with_result: bool) -> Statement:
-    """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for: no release has to be in its
-    transaction. No row: its claim does not stand, or something has come to wait for it."""
-    alone = finish_one().where(task.c.dependents == 0)
+    """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for and that holds no tokens: nothing
+    else has to be in its transaction. No row: its claim does not stand, or it is not such a one (any more)."""
+    alone = finish_one().where(task.c.dependents == 0, task.c.tokens == 0)
     return _with_result(alone) if with_result else alone
 
 
@@ -117,8 +119,9 @@ def _finish(row: Any) -> Any:
             token=None,
             kill_signal=None,
             kill_grace=None,
+            **{name: getattr(row, name) for name in USAGE_COLUMNS},
         )
-        .returning(task.c.id, task.c.state, task.c.dependents)
+        .returning(task.c.id, task.c.state, task.c.dependents, task.c.tokens)
     )
 
 
@@ -136,9 +139,10 @@ def keep_attempts(dialect: str) -> Statement:
         task.c.signal,
         task.c.started_at,
         sa.func.coalesce(task.c.finished_at, wall_clock()),
+        *(task.c[name] for name in USAGE_COLUMNS),
     ).where(one_of(dialect, task.c.id, "ids"), task.c.started_at.is_not(None))
     names = ["task_id", "attempt", "worker_id", "state", "reason", "exit_code", "signal", "started_at", "finished_at"]
-    return sa.insert(attempt).from_select(names, chosen)
+    return sa.insert(attempt).from_select([*names, *USAGE_COLUMNS], chosen)
 
 
 def _matches(dialect: str) -> sa.ColumnElement[bool]:

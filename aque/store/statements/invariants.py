@@ -11,12 +11,12 @@ from aque.store.statements.common import (
     Statement,
     is_state,
 )
-from aque.store.tables import edge, payload, requirement, task, worker
+from aque.store.tables import edge, limit, payload, requirement, task, token, worker
 from aque.values import Condition, Pattern
 
 
 def checks(dialect: str) -> dict[str, sa.Select[Any]]:
-    """Name of the broken rule -> the ids of the tasks that break it."""
+    """Name of the broken rule -> the ids of the tasks, or the names of the limits, that break it."""
     upstream = task.alias("upstream")
     complete = [state.value for state in COMPLETE_STATES]
     holds = sa.and_(
@@ -42,7 +42,31 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         .correlate(task)
         .scalar_subquery()
     )
+    on_worker = [state.value for state in ON_WORKER]
+    held = (
+        sa.select(token.c.task_id, sa.func.count().label("n"))
+        .where(token.c.task_id.is_not(None))
+        .group_by(token.c.task_id)
+        .subquery("held")
+    )
+    slots = (
+        sa.select(sa.func.count())
+        .select_from(token)
+        .where(token.c.limit_name == limit.c.name, token.c.slot >= 0, token.c.slot < limit.c.capacity)
+        .correlate(limit)
+        .scalar_subquery()
+    )
     return {
+        "I8 tokens are held by tasks on workers alone": sa.select(token.c.task_id)
+        .select_from(token.outerjoin(task, task.c.id == token.c.task_id))
+        .where(token.c.task_id.is_not(None), sa.or_(task.c.id.is_(None), task.c.state.not_in(on_worker))),
+        "I8 a task holds as many tokens as its claim took": sa.select(task.c.id)
+        .select_from(task.outerjoin(held, held.c.task_id == task.c.id))
+        .where(task.c.tokens != sa.func.coalesce(held.c.n, 0)),
+        # With one row for each slot there cannot be more held than that, but for what was held when a limit was lowered.
+        "I8 a limit has a token for each unit of its capacity": sa.select(limit.c.name).where(
+            slots != limit.c.capacity
+        ),
         "I7 dependents is the number of edges out of a task": sa.select(task.c.id).where(
             task.c.dependents != edges_out
         ),

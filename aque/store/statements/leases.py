@@ -140,5 +140,5 @@ def lose(dialect: str) -> Statement:
             reason=rows.c.reason,
             finished_at=sa.case((rows.c.state == State.READY, sa.null()), else_=wall_clock()),
         )
-        .returning(task.c.id, task.c.state, task.c.dependents)
+        .returning(task.c.id, task.c.state, task.c.dependents, task.c.tokens)
     )

@@ -5,6 +5,7 @@ from functools import cache
 import sqlalchemy as sa
 
 from aque.store.engine import one_of, row_set, wall_clock
+from aque.store.statements.claims import ready_classes
 from aque.store.statements.common import (
     Statement,
     insert_into,
@@ -36,6 +37,25 @@ def add_requirement(dialect: str) -> Statement:
 @cache
 def find_requirement() -> Statement:
     return sa.select(requirement.c.id).where(requirement.c.digest == sa.bindparam("digest"))
+
+
+@cache
+def known_digests() -> Statement:
+    """How many of these requirement classes there are."""
+    digests: sa.BindParameter[str] = sa.bindparam("digests", expanding=True)
+    return sa.select(sa.func.count()).select_from(requirement).where(requirement.c.digest.in_(digests))
+
+
+@cache
+def ready_classes_with_places(dialect: str) -> Statement:
+    """How many requirement classes with places have ready tasks."""
+    found = ready_classes()
+    return (
+        sa.select(sa.func.count())
+        .select_from(requirement)
+        .join(found, found.c.id == requirement.c.id)
+        .where(requirement.c.places != sa.literal(b"", sa.LargeBinary))
+    )
 
 
 @cache

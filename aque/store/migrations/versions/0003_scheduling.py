@@ -92,7 +92,7 @@ def _create_tables() -> None:
     )
     op.create_table(
         "aque_run_time",
-        sa.Column("name", sa.Text(), nullable=False, comment="of tasks; empty: all"),
+        sa.Column("name", sa.Text(), nullable=False, comment="digits are 0; empty: all runs; 1: all with a size"),
         sa.Column("runs", sa.BigInteger(), nullable=False),
         sa.Column("seconds", sa.Double(), nullable=False, comment="moving average of successful runs"),
         sa.Column("io_bytes", sa.Double(), comment="moving average of the size of their io_paths; null: unknown"),

@@ -1,0 +1,122 @@
+"""The requirement classes as this worker sees them now: what fits, what their files cost here, which limits they take."""
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from aque import chooser
+from aque.chooser import Place
+from aque.hints import Cost, io_capacity, parse_io_limits
+from aque.mounts import Mounts
+from aque.resources import Capacity, parse_limits
+from aque.settings import Settings
+from aque.store import Store, transaction
+from aque.values import Requirement
+
+#: The limits that there are, are read so often: one that is set for a user counts so much later at most.
+LIMITS_SECONDS = 2.0
+
+
+class Classes:
+    """What one worker knows of requirement classes. Nothing here waits for a file system."""
+
+    def __init__(self, store: Store, settings: Settings, place: Place, mounts: Mounts) -> None:
+        self._store = store
+        self._place = place
+        self._mounts = mounts
+        self._io_limits = parse_io_limits(settings.io_limits)
+        self._needs: dict[int, Capacity] = {}
+        self._never: dict[int, bool] = {}
+        self._limits: dict[int, Mapping[str, int]] = {}
+        self._capacities: dict[str, int] = {}
+        self._capacities_read_at = -LIMITS_SECONDS
+        self._sources: set[str] = set()  #: whose limit is as this worker's settings want it
+        self._missing: dict[int, Mapping[bytes, str]] = {}
+
+    @property
+    def place(self) -> Place:
+        """This worker."""
+        return self._place
+
+    def serve(self, queues: frozenset[str]) -> None:
+        """It claims from these queues from now on."""
+        self._place = replace(self._place, queues=queues)
+        self._never = {}
+
+    def commands_only(self) -> None:
+        """It claims nothing more that needs a child of the pool."""
+        self._place = replace(self._place, whole=replace(self._place.whole, python_slots=0))
+        self._never = {}
+
+    @property
+    def missing_paths(self) -> dict[bytes, str]:
+        """Paths that tasks require and that this host has not, as of the last looks at their classes: why not."""
+        return {path: why for missing in list(self._missing.values()) for path, why in missing.items()}
+
+    def forget_others(self, class_ids: Collection[int]) -> None:
+        """Only these classes have ready tasks."""
+        self._missing = {class_id: missing for class_id, missing in self._missing.items() if class_id in class_ids}
+
+    @property
+    def unfit(self) -> list[int]:
+        """Those that it can never run, as far as they were seen."""
+        return [class_id for class_id, never in self._never.items() if never]
+
+    def need(self, class_id: int) -> Capacity:
+        """What a task of this class reserves here."""
+        return self._needs[class_id]
+
+    def limits(self, class_id: int) -> Mapping[str, int]:
+        """The tokens that a task of this class must hold, as of the last look: also for its user and its files."""
+        return self._limits.get(class_id, {})
+
+    def as_seen(self, connection: Any, requirements: Mapping[int, Requirement]) -> dict[int, chooser.Class]:
+        """Those of these classes that this worker can run just now. One whose files it has not looked at yet is left out: when
+        that has been done, the worker looks again."""
+        if time.monotonic() - self._capacities_read_at > LIMITS_SECONDS:
+            self._capacities = self._store.limits.capacities(connection)
+            self._capacities_read_at = time.monotonic()
+        seen = {class_id: self._seen(connection, class_id, needs) for class_id, needs in requirements.items()}
+        return {class_id: kind for class_id, kind in seen.items() if kind is not None}
+
+    def _seen(self, connection: Any, class_id: int, requirement: Requirement) -> chooser.Class | None:
+        if class_id not in self._never:
+            self._never[class_id] = chooser.why_never(requirement, self._place) is not None
+            self._needs[class_id] = chooser.need(requirement, self._place)
+        if self._never[class_id]:
+            return None
+        if requirement.requires_paths:
+            missing = self._mounts.missing(requirement.requires_paths)
+            self._missing[class_id] = missing or {}
+            if missing is None or missing:
+                return None
+        limits = parse_limits(requirement.limits) if requirement.limits else {}
+        if (of_user := f"user:{requirement.user}") in self._capacities:
+            limits[of_user] = 1
+        cost = Cost.CACHED
+        if requirement.places:
+            seen = self._mounts.seen(requirement.places)
+            if seen is None and self._io_limits:
+                return None
+            cost = Cost.LOCAL if seen is None else seen.cost
+            for source in () if seen is None else seen.sources:
+                if self._is_limited(connection, source):
+                    limits[f"io:{source}"] = max(limits.get(f"io:{source}", 0), 1)
+        self._limits[class_id] = limits
+        return chooser.Class(self._needs[class_id], requirement.user, cost, limits)
+
+    def _is_limited(self, connection: Any, source: str) -> bool:
+        """True if the settings bound how many tasks use this file system at once; the limit is then as they say."""
+        capacity = io_capacity(source, self._io_limits)
+        name = f"io:{source}"
+        if capacity is not None and source not in self._sources:
+            if self._store.limits.capacities(connection).get(name) != capacity:
+                with transaction(connection):
+                    self._store.limits.set(connection, name, capacity)
+            self._sources.add(source)
+        return capacity is not None
+
+    def free_tokens(self, connection: Any, classes: Iterable[chooser.Class]) -> dict[str, int]:
+        """What is to be had of the limits of these classes; nothing is asked if they have none."""
+        return self._store.limits.free(connection, {name for kind in classes for name in kind.limits})
