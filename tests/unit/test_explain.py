@@ -278,6 +278,13 @@ def test_a_name_that_is_no_limit_bounds_nothing() -> None:
     assert only_view(situation(worker(), wanted=replace(COMMAND, limits="nuke=2"))).kind == "starts"
 
 
+def test_limits_of_file_systems_that_are_used_up_are_named_for_tasks_with_files() -> None:
+    full = {"io:nas:/shots": Limit(2, 0), "io:nas:/cache": Limit(2, 1), "nuke": Limit(1, 0)}
+    at = situation(worker(), wanted=replace(COMMAND, places=(b"/shots",)), limits=full)
+    assert texts(at.explain(TASK))[0] == "if its files are there, it waits for them: io:nas:/shots (0 of 2 free)"
+    assert [reason.kind for reason in situation(worker(), limits=full).explain(TASK).reasons] == ["order"]
+
+
 def test_the_worker_that_keeps_room_for_it_says_when_it_has_it() -> None:
     at = situation(worker(running=[busy(3, 38.0)]), wanted=replace(COMMAND, cpus="all"), kept={1: 1})
     explained = at.explain(TASK)

@@ -64,6 +64,20 @@ def test_each_worker_says_what_is_in_the_way_and_when_it_expects_room(served):
     assert served("kill", f"{first},{waiting},{behind}").status == 0
 
 
+def test_a_limit_that_is_used_up_is_named_with_who_holds_it(served):
+    served("limits", "set", "nuke", "1")
+    holder = running(served, "--limit", "nuke", "--", "sleep", "600")
+    task = served.submit("--limit", "nuke", "--", "true")
+    assert f"limit nuke: needs 1, 0 of 1 free (held by task {holder})" in served("explain", str(task)).out
+    assert why(served, task) == "limit nuke: 0 of 1 free"
+    assert explained(served, task)["workers"][0]["kind"] == "limit"
+    assert served("set", str(task), "limits=").status == 0
+    assert served("wait", "--timeout", "30", str(task)).status == 0
+    served("kill", str(holder))
+    served("wait", str(holder))
+    served("limits", "rm", "nuke")
+
+
 def test_what_fits_nowhere_is_unsatisfiable(served):
     task = served.submit("--cpus", "64", "--", "true")
     assert "unsatisfiable: needs 64 cpus, largest worker has 4" in served("explain", str(task)).out

@@ -88,6 +88,19 @@ def test_what_cannot_be_set_is_refused_with_a_sentence(aque, words, said):
     assert done.status == 2 and said in done.err and done.out == ""
 
 
+def test_only_limits_that_there_are_and_no_more_than_they_have_can_be_set(aque):
+    task = aque.submit("--", "true")
+    assert aque("limits", "set", "nuke", "2").status == 0
+    for wanted, said in (
+        ("nuke=3", "3 of the limit 'nuke', which is 2"),
+        ("maya", "1 of the limit 'maya', which there is not"),
+    ):
+        refused = aque("set", str(task), f"limits={wanted}")
+        assert refused.status == 2 and said in refused.err and "Nothing was changed" in refused.err
+    assert aque("set", str(task), "limits=nuke=2").status == 0
+    assert row(aque, task, "limits") == "nuke=2"
+
+
 def test_a_task_that_a_worker_has_keeps_its_needs_and_can_have_another_duration(served):
     task = served.submit("--", "sleep", "60")
     served("wait", "--timeout", "0.1", str(task))
