@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from aque import chooser
-from aque.backfill import Busy, Hold, expected_end, forecast
+from aque.backfill import Busy, Hold, expected_end, forecast, may_fill
 from aque.chooser import Choice, Class, Place
 from aque.resources import Capacity, parse_limits
 from aque.states import COMPLETE_STATES, State
@@ -333,18 +333,19 @@ class Situation:
                 home,
             )
         need, hold = chooser.need(wanted, place), self._holds.get(worker.id)
+        if hold is not None and hold.task_id != subject.id and subject.rank <= hold.priority:
+            ahead = hold.forecast
+            if may_fill(need, subject.duration, ahead.spare, ahead.at, now) is None:
+                return "room_kept", f"keeps room for task {hold.task_id}", _finite(ahead.at)
         expects = forecast(need, worker.free, worker.running, now)
         if lacking := worker.free.without_debts().lacking(need):
             when = f": expects room {at(expects.at, now)}" if math.isfinite(expects.at) else ""
             return "no_room", f"{_free_words(lacking)}{when}", _finite(expects.at)
         if self.short_of(subject):
             return "limit", "has room, a limit is used up", None
-        choice = self._choices[worker.id]
-        for number, task in enumerate(choice.start):
+        for number, task in enumerate(self._choices[worker.id].start):
             if task.id == subject.id:
                 return "starts", "has room: it is next" if number == 0 else "has room for it and those before it", now
-        if hold is not None and hold.task_id != subject.id and subject.rank <= hold.priority:
-            return "room_kept", f"keeps room for task {hold.task_id}", _finite(hold.forecast.at)
         return "turn", "has room, which those before it take", None
 
     def _refused(self, subject: Subject, worker: Worker) -> str | None:
@@ -401,7 +402,11 @@ class Situation:
             return Explanation(subject, reasons)
         if nowhere := self.nowhere(subject):
             return Explanation(subject, [nowhere], [self.view(subject, worker) for worker in self.workers])
-        found = [*self.short_of(subject), self.of_files(subject), self.kept_for(subject), self.place_in_order(subject)]
+        found = [
+            *self.short_of(subject),
+            self.of_files(subject),
+            self.kept_for(subject) or self.place_in_order(subject),
+        ]
         views = [self.view(subject, worker) for worker in self.workers]
         return Explanation(subject, [reason for reason in found if reason is not None], views)
 

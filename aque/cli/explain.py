@@ -45,7 +45,7 @@ def _lines(explanation: Explanation) -> list[str]:
     lines += [escape(f"  {reason.text}") for reason in explanation.reasons]
     if explanation.workers:
         rows = [[f"    {view.worker}", view.text] for view in explanation.workers]
-        lines += columns(["    worker", "why not there"], rows)
+        lines += columns(["    worker", "what is in the way"], rows)
     return lines
 
 

@@ -291,6 +291,7 @@ def test_the_worker_that_keeps_room_for_it_says_when_it_has_it() -> None:
     assert texts(explained)[0] == (
         "worker celery@node1 keeps room for it, expects to have it at 13:47:18 UTC (in 38 s)"
     )
+    assert [reason.kind for reason in explained.reasons] == ["room_kept"]
     assert at.why(TASK) == "celery@node1 keeps room for it"
     unknown = situation(worker(running=[busy(3)]), wanted=replace(COMMAND, cpus="all"), kept={1: 1})
     assert "cannot say when" in texts(unknown.explain(TASK))[0]
@@ -308,6 +309,8 @@ def test_room_that_is_kept_for_another_task_is_not_to_be_had() -> None:
     view = only_view(at)
     assert (view.kind, view.text, view.expected_at) == ("room_kept", "keeps room for task 9", NOW + 38)
     assert at.why(TASK) == "room is kept for task 9"
+    short = replace(TASK, duration=30.0)  # it will have ended by then
+    assert only_view(replace_task(at, short), short).kind == "starts"
     urgent = replace(TASK, rank=1)
     assert only_view(replace_task(at, urgent), urgent).kind == "starts"
 
