@@ -11,7 +11,7 @@ help:
 	@echo "make demo    the main job on real files, with nothing but Python installed"
 	@echo "make test    all tests (PYTEST_ARGS=...); those of a server that is not installed are skipped"
 	@echo "make check   lint, format, types and import contracts"
-	@echo "make bench   benchmarks beside Celery with Redis (BENCH_ARGS=...)"
+	@echo "make bench   benchmarks beside Celery with Redis (BENCH=packing, policies, claims or supervision: another one; BENCH_ARGS=...)"
 	@echo "make clean   remove .venv, caches and benchmark results"
 
 demo: .venv/.runtime
@@ -27,10 +27,10 @@ check: .venv/.development
 	$(BIN)/lint-imports
 
 bench: .venv/.development
-	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks$(if $(BENCH),.$(BENCH)) $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis benchmarks/results
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis benchmarks/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps hold the directory in which .venv was made: its scripts name that directory and the Python that made them, so

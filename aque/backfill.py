@@ -52,12 +52,11 @@ class Load:
 
 
 def expected_end(started: float, seconds: float, now: float) -> float:
-    """When a task that runs since `started` and was expected to take `seconds` (0: unknown) will end. One that is late is
-    expected to take as long again as it has run."""
-    if seconds <= 0:
-        return math.inf
-    end = started + seconds
-    return end if end > now else now + (now - started)
+    """When a task that runs since `started` and was expected to take `seconds` (0: unknown) will end; one that is late: now.
+
+    To expect more of it would put the forecast off again and again, and backfill would never stop: simulated with durations
+    that are wrong, large tasks then waited as long as without any reservation."""
+    return max(now, started + seconds) if seconds > 0 else math.inf
 
 
 def forecast(need: Capacity, free: Capacity, running: Iterable[Busy], now: float) -> Forecast:

@@ -208,7 +208,7 @@ def choose(
                 blocked.append(Blocked(task, f"room is kept for task {hold.task_id}"))
             if head.advance():
                 heapreplace(queues[user], head)
-            elif task.class_id in cut:
+            elif task.class_id in cut and way is not None:
                 is_cut = True
                 break
             else:

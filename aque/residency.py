@@ -18,6 +18,9 @@ _CACHESTAT = 451 if platform.machine() in ("x86_64", "aarch64") else None
 #: mincore(2) needs a byte for each page: of larger files the start stands for the rest.
 _MINCORE_BYTES = 1 << 30
 
+#: What SQLite has beside a database that is in use.
+_OF_SQLITE = (b"-wal", b"-shm", b"-journal")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.mmap.restype = ctypes.c_void_p
@@ -57,8 +60,11 @@ def _files(path: bytes) -> list[bytes]:
 
 
 def pages(path: bytes) -> tuple[int, int]:
-    """How many of a file's pages are in memory, and how many it has; (0, 1) if that cannot be told."""
+    """How many of a file's pages are in memory, and how many it has; (0, 1) if that cannot be told, or this process may hold
+    locks on it."""
     try:
+        if _may_be_locked_here(path):
+            return 0, 1
         # Between the look and this the name may have become a FIFO's or a device's: to open these must not wait.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -75,6 +81,23 @@ def pages(path: bytes) -> tuple[int, int]:
         return cached, _pages(found.st_size)
     finally:
         os.close(fd)
+
+
+def _may_be_locked_here(path: bytes) -> bool:
+    """True for a file that this process has open, and for an SQLite database in use. To close any descriptor of a file drops
+    all record locks that the process holds on it: an embedded store would lose its own, and with them its integrity."""
+    if path.endswith(_OF_SQLITE) or any(os.path.lexists(path + suffix) for suffix in _OF_SQLITE):
+        return True
+    wanted = os.lstat(path)
+    with os.scandir("/proc/self/fd") as entries:
+        numbers = [int(entry.name) for entry in entries]
+    for number in numbers:
+        try:
+            if os.path.samestat(os.fstat(number), wanted):
+                return True
+        except OSError:  # closed meanwhile: the listing's own, for one
+            continue
+    return False
 
 
 def _pages(size_bytes: int) -> int:

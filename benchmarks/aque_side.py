@@ -23,9 +23,6 @@ from tests.servers import Guarded, PostgreSQL, private_directory, wait_until
 #: No result takes this long unless something is broken.
 RESULT_SECONDS = 120
 
-#: As the peer's worker.
-WORKER_OPTIONS = ("-c", "2", "--loglevel", "error")
-
 #: A queue that the worker does not serve: what is submitted there costs nothing but its submission.
 UNSERVED = "unserved"
 
@@ -42,11 +39,13 @@ class Idle:
 
 
 class AqueSide:
-    """A private farm and `celery worker -c 2` on it (prefork, no events); the client is this process."""
+    """A private farm and a Celery worker with two CPUs on it (prefork, no events); the client is this process."""
 
     name = ""
 
-    def __init__(self) -> None:
+    def __init__(self, children: int = 2) -> None:
+        """`children` of the pool run functions; by default as many as the peer's worker has."""
+        self.worker_options = ("-c", str(children), "--loglevel", "error")
         self.running = ExitStack()
         self.directory = Path()
         self.worker: Guarded | None = None
@@ -78,7 +77,7 @@ class AqueSide:
             self.app = aque_tasks.aque_app(aque_broker=url, aque_state_dir=str(self.directory))
             stack.callback(self.app.close)
             self.worker = worker = Guarded(
-                [sys.executable, "-m", "celery", "-A", "benchmarks.aque_tasks", "worker", *WORKER_OPTIONS],
+                [sys.executable, "-m", "celery", "-A", "benchmarks.aque_tasks", "worker", *self.worker_options],
                 directory=self.directory,
                 cwd=root,
                 env=environment,
@@ -194,8 +193,8 @@ class AqueSide:
 class AquePostgreSQL(AqueSide):
     name = "Aque, PostgreSQL"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, children: int = 2) -> None:
+        super().__init__(children)
         self.server = PostgreSQL()
 
     def database(self) -> str:

@@ -142,8 +142,8 @@ class WorkerRow:
     expired_seconds: float
     unseen_seconds: float
     draining: bool  #: claims nothing, as a person asked
-    missing_paths: Mapping[bytes, str]  #: that tasks require and its host does not have -> why not
-    avoids: tuple[str, ...]  #: what it does not claim for a while, as sentences
+    missing_paths: Mapping[bytes, str] = field(default_factory=dict)  #: that tasks require, its host has not -> why
+    avoids: tuple[str, ...] = ()  #: what it does not claim for a while, as sentences
 
     @property
     def is_live(self) -> bool:

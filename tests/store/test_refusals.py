@@ -1,5 +1,6 @@
 """What one host cannot start goes back for others, on both databases; and what is avoided is not read."""
 
+from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
 
@@ -11,7 +12,10 @@ from aque import finisher
 from aque.backoff import Avoided
 from aque.chooser import Place
 from aque.claimer import Claimer
+from aque.classes import Classes
+from aque.mounts import Mounts
 from aque.resources import Capacity
+from aque.settings import load
 from aque.states import Reason, State
 from aque.store import Finished, Store
 from aque.values import ClaimedTask, HostFailure, Outcome, Pattern, Requirement
@@ -186,7 +190,9 @@ def test_what_a_worker_avoids_is_in_its_row(store: Store, bad: int) -> None:
 
 def test_what_a_finish_releases_is_left_alone_too_if_it_is_avoided(store: Store) -> None:
     place = Place("bad", "linux", frozenset({"celery"}), Capacity(Fraction(8), 1 << 30, 2, 32))
-    chooser = Claimer(store, place, lambda name: None)
+    settings = load({"AQUE_BROKER": "sqlite:////nowhere/aque.db"})
+    with closing(Mounts("bad", lambda: None)) as mounts:
+        chooser = Claimer(store, settings, Classes(store, settings, place, mounts), lambda name: None)
     first, second, third, fourth = ids(store, 4)
     submit(store, [replace(SPEC, id=i, job_id=first if i == second else i) for i in (first, second, third, fourth)])
     with store.connect() as connection:

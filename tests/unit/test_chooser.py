@@ -167,6 +167,9 @@ def test_where_not_all_of_a_class_was_read_nothing_starts_that_might_stand_behin
     assert (started(first), first.is_cut) == ([1, 2], True)
     full = chooser.choose(rows, classes, Capacity(Fraction(1)), 64, cut={1})
     assert (started(full), full.is_cut) == ([1], False)
+    beside = Hold(9, 5, Forecast(0.0, Capacity()))
+    refused = chooser.choose(rows, classes, Capacity(Fraction(4)), 64, cut={1}, hold=beside)
+    assert (started(refused), refused.is_cut) == ([], False)
 
 
 def cpus(number: int | str | Fraction, **more: Any) -> Class:

@@ -1,6 +1,9 @@
 """What a worker knows of paths: costs and sources, what is missing, and that nothing it asks can make it wait."""
 
+import fcntl
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +123,20 @@ def test_mincore_counts_the_same_pages_as_cachestat(on_disk: Path, monkeypatch: 
         with monkeypatch.context() as without:
             without.setattr(residency, "_CACHESTAT", None)
             assert residency.pages(bytes(file)) == counted == (0 if drop else counted[1], counted[1])
+
+
+def test_files_on_which_this_process_may_hold_locks_are_left_alone(on_disk: Path) -> None:
+    mine, database, other = on_disk / "mine", on_disk / "aque.db", on_disk / "other"
+    for file in (mine, database, other, on_disk / "aque.db-wal"):
+        file.write_bytes(bytes(1 << 16))
+    asked = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    with mine.open("r+") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        assert [residency.pages(bytes(file)) for file in (mine, database)] == [(0, 1), (0, 1)]
+        assert residency.pages(bytes(other)) == (16, 16)
+        got = subprocess.run([sys.executable, "-c", asked, str(mine)], check=False, capture_output=True)
+        assert got.returncode != 0, "the lock is gone"
+    assert residency.pages(bytes(mine)) == (16, 16)
 
 
 def test_a_directory_is_cached_if_its_files_are(on_disk: Path) -> None:
