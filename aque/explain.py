@@ -336,7 +336,8 @@ class Situation:
         if hold is not None and hold.task_id != subject.id and subject.rank <= hold.priority:
             ahead = hold.forecast
             if may_fill(need, subject.duration, ahead.spare, ahead.at, now) is None:
-                return "room_kept", f"keeps room for task {hold.task_id}", _finite(ahead.at)
+                when = f", which should start {at(ahead.at, now)}" if math.isfinite(ahead.at) else ""
+                return "room_kept", f"keeps room for task {hold.task_id}{when}", None
         expects = forecast(need, worker.free, worker.running, now)
         if lacking := worker.free.without_debts().lacking(need):
             when = f": expects room {at(expects.at, now)}" if math.isfinite(expects.at) else ""

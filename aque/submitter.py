@@ -198,7 +198,7 @@ class Submitter:
             places = [row.place for row in self.store.live_workers(connection) if row.is_live]
         for requirement in wanted:
             if why := why_nowhere(requirement, places):
-                raise BadInput(f"{why}. Nothing was submitted: without strict, it waits for a worker that can run it.")
+                raise BadInput(f"{why}. Nothing was submitted: without --strict it waits for a worker that can run it.")
 
     def _check_limits(self, wanted: Sequence[Mapping[str, int]]) -> None:
         """Raise BadInput if a task could not start as the farm's limits are: by limits that have just been read."""

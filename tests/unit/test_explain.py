@@ -307,7 +307,8 @@ def test_room_that_is_kept_for_another_task_is_not_to_be_had() -> None:
         subjects={1: TASK, 9: big},
     )
     view = only_view(at)
-    assert (view.kind, view.text, view.expected_at) == ("room_kept", "keeps room for task 9", NOW + 38)
+    text = "keeps room for task 9, which should start at 13:47:18 UTC (in 38 s)"
+    assert (view.kind, view.text, view.expected_at) == ("room_kept", text, None)
     assert at.why(TASK) == "room is kept for task 9"
     short = replace(TASK, duration=30.0)  # it will have ended by then
     assert only_view(replace_task(at, short), short).kind == "starts"
