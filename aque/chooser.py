@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from heapq import heapify, heappop, heapreplace, merge
+from heapq import heapify, heappop, heapreplace
 
 from aque.backfill import Hold, is_overtaken, may_fill
 from aque.resources import Capacity, CpuRequest, format_cpus, parse_resources
@@ -305,23 +305,30 @@ def at_home(tasks: Sequence[ReadyTask], host: str, now: float, wait: float) -> t
 SHORT_SECONDS = 0.05
 #: How much work, in seconds of the whole worker, the local buffer may hold.
 BUFFER_SECONDS = 0.2
+#: What everything fits into.
+_EVERYTHING = Capacity(Fraction(1 << 40), 1 << 62, 1 << 40, 1 << 40)
 #: However short the tasks are, no more than this are claimed ahead: a lost worker gives them back late.
 BUFFER_TASKS = 128
 
 
 def ahead(
-    ready: Iterable[Sequence[ReadyTask]],
+    ready: Mapping[int, Sequence[ReadyTask]],
+    classes: Mapping[int, Class],
+    usage: Mapping[str, Fraction] | None,
     seconds: Callable[[str], float | None],
     buffered: int,
     places: int,
 ) -> list[ReadyTask]:
-    """The tasks to claim into the local buffer, in order: short ones only, about BUFFER_SECONDS of work.
+    """The tasks to claim into the local buffer, in the order of `choose`: short ones only, about BUFFER_SECONDS of work.
 
     `seconds` gives the measured run time of tasks with this name, or None; `places` is how many run at once here.
     """
+    if buffered >= BUFFER_TASKS or not any(seconds(row[0].name) is not None for row in ready.values() if row):
+        return []
+    in_order = choose(ready, classes, _EVERYTHING, BUFFER_TASKS, usage=usage).start
     chosen: list[ReadyTask] = []
     budget = BUFFER_SECONDS * max(places, 1)
-    for task in merge(*ready, key=order):
+    for task in in_order:
         expected = seconds(task.name)
         if expected is None or expected > SHORT_SECONDS:
             continue

@@ -86,8 +86,11 @@ class Claimer:
         self._waiting_priority = max((row[0].priority for row in rest.values() if row), default=None)
         ahead: list[ReadyTask] = []
         if not self.is_holding:
-            simple = [row for class_id, row in rest.items() if not classes[class_id].limits]
-            ahead = chooser.ahead(simple, self._seconds, buffered, self._classes.place.whole.python_slots)
+            simple = {class_id: row for class_id, row in rest.items() if not classes[class_id].limits}
+            usage = self._usage if self._is_contended else None
+            ahead = chooser.ahead(
+                simple, classes, usage, self._seconds, buffered, self._classes.place.whole.python_slots
+            )
         more = bool(cut) or sum(map(len, rest.values())) > len(ahead)
         due += [now] if choice.is_cut else []
         return Picked(choice.start, ahead, more, min(due) - now if due else None)

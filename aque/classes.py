@@ -97,10 +97,10 @@ class Classes:
         cost = Cost.CACHED
         if requirement.places:
             seen = self._mounts.seen(requirement.places)
-            if seen is None and self._io_limits:
+            if seen is None:
                 return None
-            cost = Cost.LOCAL if seen is None else seen.cost
-            for source in () if seen is None else seen.sources:
+            cost = seen.cost
+            for source in seen.sources:
                 if self._is_limited(connection, source):
                     limits[f"io:{source}"] = max(limits.get(f"io:{source}", 0), 1)
         self._limits[class_id] = limits

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import pytest
 
+from aque import residency
 from tests import filesystems
 from tests.servers import MissingBinary, PostgreSQL, Redis, Server
 
@@ -111,3 +112,23 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         "XDG_RUNTIME_DIR": runtime,
     }
     shutil.rmtree(runtime, ignore_errors=True)
+
+
+@pytest.fixture
+def on_disk() -> Iterator[Path]:
+    """A directory whose files the page cache can drop; tmpfs has no other place for them."""
+    directory = Path(__file__).parent / f".cache-{os.getpid()}"
+    directory.mkdir()
+    probe = directory / "probe"
+    probe.write_bytes(bytes(1 << 20))
+    filesystems.without_cache(probe)
+    dropped = residency.pages(bytes(probe))[0] == 0
+    probe.unlink()
+    try:
+        if not dropped:
+            pytest.skip("the page cache of this file system cannot be dropped")
+        yield directory
+    finally:
+        for file in directory.iterdir():
+            file.unlink()
+        directory.rmdir()

@@ -69,3 +69,9 @@ def file_systems(base: Path) -> Iterator[FileSystems]:
     """What it mounts lies in `base`, a directory, and is gone at the end."""
     with ExitStack() as at_end:
         yield FileSystems(base, at_end)
+
+
+def without_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -368,7 +368,7 @@ def test_only_short_tasks_and_no_more_than_a_moment_of_work_are_claimed_ahead(
     seconds: list[float], buffered: int, places: int
 ) -> None:
     row = [ReadyTask(n, 1, 0, 0.0, str(n)) for n in range(len(seconds))]
-    chosen = chooser.ahead([row], lambda name: seconds[int(name)], buffered, places)
+    chosen = chooser.ahead({1: row}, {1: cpus(1)}, None, lambda name: seconds[int(name)], buffered, places)
     assert all(seconds[task.id] <= chooser.SHORT_SECONDS for task in chosen)
     assert sum(seconds[task.id] for task in chosen) <= chooser.BUFFER_SECONDS * places
     assert len(chosen) + buffered <= max(chooser.BUFFER_TASKS, buffered)
@@ -376,7 +376,16 @@ def test_only_short_tasks_and_no_more_than_a_moment_of_work_are_claimed_ahead(
 
 def test_nothing_is_claimed_ahead_whose_run_time_nobody_knows() -> None:
     row = [ReadyTask(n, 1, 0, 0.0, "new") for n in range(5)]
-    assert chooser.ahead([row], lambda name: None, 0, 4) == []
+    assert chooser.ahead({1: row}, {1: cpus(1)}, None, lambda name: None, 0, 4) == []
+
+
+def test_what_is_claimed_ahead_is_shared_among_users_too() -> None:
+    classes = {1: cpus(1, user="anna"), 2: cpus(1, user="bob")}
+    rows = rows_of(
+        [ReadyTask(n, 1, 0, 0.0, "") for n in range(50)] + [ReadyTask(n, 2, 0, 0.0, "") for n in range(50, 60)]
+    )
+    chosen = chooser.ahead(rows, classes, {"anna": Fraction(2)}, lambda name: 0.01, 0, 1)
+    assert [task.class_id for task in chosen[:9]] == [2, 2, 1, 2, 1, 2, 1, 2, 1]
 
 
 @given(st.integers(1, 1000))

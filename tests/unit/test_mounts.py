@@ -13,11 +13,10 @@ import pytest
 from aque import mounts, residency
 from aque.hints import Cost
 from aque.mounts import Mounts, Seen
-from tests.filesystems import FileSystems, mount, unmount
+from tests.filesystems import FileSystems, mount, unmount, without_cache
 from tests.servers import wait_until
 
 MIB = 1 << 20
-DISK = Path(__file__).parent  #: a directory on the file system of the checkout, which has a disk below it
 
 
 class Host:
@@ -47,32 +46,6 @@ def host() -> Iterator[Host]:
     host = Host()
     yield host
     host.mounts.close()
-
-
-def without_cache(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-@pytest.fixture
-def on_disk() -> Iterator[Path]:
-    """A directory whose files the page cache can drop; tmpfs has no other place for them."""
-    directory = DISK / f".cache-{os.getpid()}"
-    directory.mkdir()
-    probe = directory / "probe"
-    probe.write_bytes(bytes(MIB))
-    without_cache(probe)
-    dropped = residency.pages(bytes(probe))[0] == 0
-    probe.unlink()
-    try:
-        if not dropped:
-            pytest.skip("the page cache of this file system cannot be dropped")
-        yield directory
-    finally:
-        for file in directory.iterdir():
-            file.unlink()
-        directory.rmdir()
 
 
 # -- costs and sources
