@@ -545,8 +545,8 @@ def lasting(seconds: float) -> str:
 
 
 def at(when: float, now: float) -> str:
-    """A moment to come: at 10:42:10 UTC (in 38 s)."""
-    return f"at {clock(when)} (in {lasting(when - now)})"
+    """A moment to come: at 10:42:10 UTC (in 38 s); what is late is expected any moment."""
+    return "any moment" if when <= now else f"at {clock(when)} (in {lasting(when - now)})"
 
 
 def _free_words(lacking: str) -> str:

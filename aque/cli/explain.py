@@ -8,7 +8,7 @@ import click
 
 from aque import observer
 from aque.cli import ids
-from aque.cli.farm import batches, open_farm
+from aque.cli.farm import open_farm
 from aque.cli.show import as_json, columns, escape
 from aque.explain import Explanation
 
@@ -30,12 +30,11 @@ def command(words: tuple[str, ...], as_lines_of_json: bool) -> int:
     aque explain --json 12,20-29
     """
     with open_farm() as farm:
-        for batch in batches(ids.resolve(farm, words)):
-            for explanation in observer.explain_tasks(farm.store, farm.settings, batch):
-                if as_lines_of_json:
-                    print(as_json(_values(explanation)))
-                else:
-                    print("\n".join(_lines(explanation)))
+        for explanation in observer.explain_tasks(farm.store, farm.settings, ids.resolve(farm, words)):
+            if as_lines_of_json:
+                print(as_json(_values(explanation)))
+            else:
+                print("\n".join(_lines(explanation)))
     return 0
 
 

@@ -14,7 +14,7 @@ import click
 
 from aque import observer
 from aque.cli import ids
-from aque.cli.farm import Farm, batches, open_farm
+from aque.cli.farm import Farm, open_farm
 from aque.cli.show import as_json, columns, count, escape, span, timestamp
 from aque.errors import BadInput
 from aque.machine import user_name
@@ -118,10 +118,8 @@ def _why(row: dict[str, Any]) -> str | None:
 
 def _whys(farm: Farm, rows: Sequence[dict[str, Any]]) -> dict[int, str | None]:
     """Why the ready ones among these tasks do not run."""
-    found: dict[int, str | None] = {}
-    for batch in batches(row["id"] for row in rows if row["state"] in READY_STATES):
-        found |= observer.whys(farm.store, farm.settings, batch)
-    return found
+    ready = [row["id"] for row in rows if row["state"] in READY_STATES]
+    return observer.whys(farm.store, farm.settings, ready) if ready else {}
 
 
 def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:
