@@ -194,9 +194,11 @@ class Task(CeleryTask):
         after_any: Any = (),
         after_failed: Any = (),
         hints: Mapping[str, Any] | None = None,
+        strict: bool = False,
         **options: Any,
     ) -> Handle:
-        """Submit a call. `depends_on`, `after_any`, `after_failed`: handles or ids, one or several.
+        """Submit a call. `depends_on`, `after_any`, `after_failed`: handles or ids, one or several. `strict`: refuse what no
+        live worker could ever run.
 
         Raises NotSubmittable for what no worker could load, BadInput for an option that cannot work; then nothing was
         submitted.
@@ -222,7 +224,7 @@ class Task(CeleryTask):
         chosen = Options(**given, dependencies=tuple(edges), celery_id=task_id, **place)
         new = job.new_id() if job is not None else submitter.next_id()
         spec = submitter.function(new, function, self.name, arguments, inputs, chosen)
-        _submit(submitter, job, spec)
+        _submit(submitter, job, spec, strict)
         handle = Handle(task_id or str(new), app=app, backend=_backend(app), task_name=self.name)
         handle.number = new
         return handle
@@ -291,6 +293,7 @@ def shell(
     after_any: Any = (),
     after_failed: Any = (),
     hints: Mapping[str, Any] | None = None,
+    strict: bool = False,
     app: Celery | None = None,
     **options: Any,
 ) -> Handle:
@@ -299,7 +302,7 @@ def shell(
     `env` and `cwd` are this process's unless given. `stdin` is bytes, stored with the task, or the path of a file; `stdout` and
     `stderr` are paths, else what it writes is captured. Files are opened on the worker, as the task's user, below `cwd`.
     `login` runs it in the user's login shell. Its result is {"exit_code", "stdout", "truncated"}; `.get()` of one that failed
-    raises CommandFailed.
+    raises CommandFailed. `strict` refuses what no live worker could ever run.
     """
     if isinstance(argv, (str, bytes)):
         raise BadInput(f"argv must be a list of words, not one text: ['sh', '-c', {argv!r}] runs it in a shell.")
@@ -323,7 +326,7 @@ def shell(
         cwd=cwd,
         env=variables,
     )
-    _submit(submitter, job, spec)
+    _submit(submitter, job, spec, strict)
     return Handle(str(new), app=app, backend=_backend(app), task_name=spec.name)
 
 
@@ -495,7 +498,9 @@ def _backend(app: Celery) -> Backend:
     return _backends[id(app)]
 
 
-def _submit(submitter: Submitter, job: Graph | None, spec: TaskSpec) -> None:
+def _submit(submitter: Submitter, job: Graph | None, spec: TaskSpec, strict: bool) -> None:
+    if strict:
+        submitter.check_possible([spec])
     if job is not None:
         job.add(spec)
     else:

@@ -1,10 +1,16 @@
 """What people ask of tasks, workers and limits. The row first, so that it holds while workers are down; then the ring."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from signal import Signals, valid_signals
+from typing import Any
 
 from aque import doorbell
-from aque.errors import BadInput
+from aque.errors import BadInput, UnknownTask
+from aque.machine import user_name
+from aque.resources import parse_limits
+from aque.settings import Settings
+from aque.states import COMPLETE_STATES, READY_STATES, UNREADY_STATES, State
 from aque.store import Killed, LimitRow, Store, again
 
 
@@ -61,6 +67,128 @@ def kill(
     with store.connect() as connection:
         doorbell.ring(connection, {doorbell.KILL, doorbell.READY, doorbell.DONE})
     return killed
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What a change did; jobs are not among these, only their members."""
+
+    ids: list[int]
+    left: dict[int, State]  #: members of jobs that have ended, or that a worker has
+
+
+class _NewClass(Exception):
+    """A class that was not seen before the transaction began."""
+
+
+def change(
+    store: Store,
+    settings: Settings,
+    ids: Collection[int],
+    *,
+    priority: int | None = None,
+    duration: float | None = None,
+    requirement: Mapping[str, Any] | None = None,
+) -> Changed:
+    """Change these tasks, and the members of those that are jobs, in one transaction: their priority, their expected
+    `duration` in seconds, and fields of their `values.Requirement`, checked before. None: left as it is.
+
+    What has ended is not changed, nor what a worker has if its requirement were: of a job such members are left, a task that is
+    named is an error. Raises UnknownTask or BadInput, and then nothing was changed.
+    """
+    if priority is not None:
+        _check_priority(settings, priority)
+    wanted = sorted(set(ids))
+    fields = dict(requirement or {})
+
+    def work() -> Changed:
+        with store.connect() as connection:
+            _check_limits(store.limits.capacities(connection) if fields.get("limits") else {}, fields.get("limits", ""))
+            classes = _new_classes(store, connection, wanted, fields)
+        with store.begin() as connection:
+            found = store.changes.find(connection, wanted, lock=True)
+            if missing := set(wanted) - {task.id for task in found}:
+                raise UnknownTask(sorted(missing), "Nothing was changed.")
+            named, jobs = set(wanted), [task.id for task in found if task.class_id is None]
+            changed: dict[int, int] = {}
+            left: dict[int, State] = {}
+            for task in found:
+                if task.class_id is None:
+                    continue
+                _check_owner(settings, task.id, task.submitter)
+                if why_not := _why_fixed(task.state, fields):
+                    if task.id in named:
+                        raise BadInput(f"task {task.id} {why_not}. Nothing was changed.")
+                    left[task.id] = task.state
+                else:
+                    changed[task.id] = task.class_id
+            if priority is not None:
+                store.changes.set_priority(connection, [*changed, *jobs], priority)
+            if duration is not None:
+                store.changes.set_duration(connection, changed, duration)
+            if fields and changed:
+                if set(changed.values()) - classes.keys():
+                    raise _NewClass
+                store.changes.set_classes(connection, {i: classes[class_id] for i, class_id in changed.items()})
+            return Changed(list(changed), left)
+
+    while True:
+        try:
+            done = again(work)
+            break
+        except _NewClass:  # somebody has changed them, too, meanwhile
+            continue
+    with store.connect() as connection:
+        doorbell.ring(connection, {doorbell.READY})
+    return done
+
+
+def _new_classes(store: Store, connection: Any, ids: Collection[int], fields: Mapping[str, Any]) -> dict[int, int]:
+    """For each requirement class of these tasks the one that it becomes."""
+    if not fields:
+        return {}
+    found = {task.class_id for task in store.changes.find(connection, ids, lock=False)}
+    old = store.requirements(connection, (class_id for class_id in found if class_id is not None))
+    new = {class_id: replace(wanted, **fields) for class_id, wanted in old.items()}
+    numbers = store.requirement_ids(connection, new.values())
+    return {class_id: numbers[wanted] for class_id, wanted in new.items()}
+
+
+def _why_fixed(state: State, fields: Mapping[str, Any]) -> str | None:
+    """Why a task in this state cannot be changed so, as a sentence part; None if it can."""
+    if state in COMPLETE_STATES:
+        return f"has ended as {state}"
+    if fields and state not in READY_STATES | UNREADY_STATES:
+        return f"is {state}: a worker has it, and {', '.join(sorted(fields))} can be set of what waits only"
+    return None
+
+
+def _check_priority(settings: Settings, priority: int) -> None:
+    user = user_name()
+    if priority > settings.max_user_priority and not settings.is_administrator(user):
+        raise BadInput(
+            f"a priority above {settings.max_user_priority} needs an administrator (settings max_user_priority, "
+            f"administrators), and {user} is none. Nothing was changed."
+        )
+
+
+def _check_limits(capacities: Mapping[str, int], wanted: str) -> None:
+    for name, n in parse_limits(wanted).items():
+        if n > capacities.get(name, 0):
+            there = f"is {capacities[name]}" if name in capacities else "there is not"
+            raise BadInput(
+                f"no task can have {n} of the limit {name!r}, which {there}. Nothing was changed: `aque limits set {name} {n}` "
+                "makes room."
+            )
+
+
+def _check_owner(settings: Settings, task_id: int, submitter: str) -> None:
+    user = user_name()
+    if submitter != user and not settings.is_administrator(user):
+        raise BadInput(
+            f"task {task_id} is {submitter}'s: only {submitter} and administrators (setting administrators) change it, and "
+            f"{user} is neither. Nothing was changed."
+        )
 
 
 def drain(store: Store, names: Iterable[str], wanted: bool) -> list[int]:

@@ -6,12 +6,13 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from aque import doorbell, durations, hints
+from aque.chooser import why_nowhere
 from aque.durations import RunTime
 from aque.errors import BadInput
 from aque.looks import FileSystems, Looks
@@ -189,6 +190,15 @@ class Submitter:
             with self.store.connect() as connection:
                 doorbell.ring(connection, rung)
         return states
+
+    def check_possible(self, specs: Iterable[TaskSpec]) -> None:
+        """Raise BadInput if no live worker could ever run one of these tasks."""
+        wanted = {spec.requirement for spec in specs if spec.requirement.pattern is not Pattern.GROUP}
+        with self.store.connect() as connection:
+            places = [row.place for row in self.store.live_workers(connection) if row.is_live]
+        for requirement in wanted:
+            if why := why_nowhere(requirement, places):
+                raise BadInput(f"{why}. Nothing was submitted: without --strict it waits for a worker that can run it.")
 
     def _check_limits(self, wanted: Sequence[Mapping[str, int]]) -> None:
         """Raise BadInput if a task could not start as the farm's limits are: by limits that have just been read."""
@@ -423,6 +433,21 @@ def _requirement(
         tags=",".join(_tags(tags)),
         requires_paths=tuple(sorted(set(_absolute(requires_paths)))),
     )
+
+
+def parse_requirement(given: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a `values.Requirement` from texts, by the names of `Options`. Raises BadInput."""
+    readers: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "queue": ("queue", lambda text: _text("queue", text)),
+        "cpus": ("cpus", lambda text: CpuRequest.parse(text).text),
+        "memory": ("memory_bytes", parse_memory),
+        "host": ("host", lambda text: _text("host", text)),
+        "platform": ("platform", lambda text: _text("platform", text)),
+        "resources": ("resources", lambda text: format_amounts(parse_resources(text))),
+        "limits": ("limits", lambda text: format_amounts(_limits(text))),
+        "tags": ("tags", lambda text: ",".join(_tags(text))),
+    }
+    return {readers[name][0]: readers[name][1](text) for name, text in given.items()}
 
 
 def _hashable(amounts: Any) -> Any:

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from aque.cli import waiting
 from aque.cli.exit_status import exit_status, sentence
 from aque.cli.farm import Farm, open_farm
-from aque.cli.options import read, task_options
+from aque.cli.options import check_strict, read, task_options
 from aque.cli.show import complain
 from aque.cli.submit import print_id
 from aque.errors import BadInput, NotSubmittable
@@ -65,6 +65,7 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
         options = read(farm, chosen)
         (task_id,) = submitter.reserve(1)
         spec = submitter.function(task_id, function, function.replace(":", "."), arguments, [], options)
+        check_strict(submitter, chosen, [spec])
         state = submitter.submit([spec])[task_id]
         waits = chosen["wait"] or chosen["local"]
         print_id(spec, state, chosen["as_json"], waits)

@@ -25,6 +25,7 @@ VERBS = {
     },
     "Look": {
         "status": "list tasks, and say why they are not running",
+        "explain": "say why tasks are not running, worker by worker",
         "output": "print what tasks wrote",
         "wait": "wait for tasks to end",
         "workers": "list workers",
@@ -32,6 +33,7 @@ VERBS = {
     },
     "Change": {
         "kill": "end tasks, or withdraw them before they start",
+        "set": "change tasks that wait: priority, cpus, host, ...",
         "limits": "bound how many tasks of the farm use something at once",
     },
     "Set up": {

@@ -1,7 +1,7 @@
 """The options that every submitting verb has, and what they become."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -10,8 +10,8 @@ from aque.cli import ids
 from aque.cli.farm import Farm
 from aque.durations import multiple
 from aque.errors import BadInput
-from aque.submitter import Options
-from aque.values import Condition, Dependency
+from aque.submitter import Options, Submitter
+from aque.values import Condition, Dependency, TaskSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,24 +95,35 @@ _WHAT = [
 _CPUS = click.option(
     "--cpus", metavar="CPUS", default="1", help="Reserve CPUs: 1.5, or 1/4, 25%, all of the machine, or 0 (default 1)."
 )
+_STRICT = click.option(
+    "--strict", is_flag=True, help="Refuse what no live worker could ever run, in place of waiting for one that can."
+)
 _LOCAL = click.option("--local", is_flag=True, help="Start a worker for as long as this takes; implies --wait.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the id as a line of JSON.")
 
 
 def task_options(function: F) -> F:
     """Add the options of every submitting verb; `read` makes `Options` of their values."""
-    return _add(function, [*_WHAT, _CPUS, _LOCAL, _JSON])
+    return _add(function, [*_WHAT, _CPUS, _STRICT, _LOCAL, _JSON])
 
 
 def many_task_options(function: F) -> F:
     """The same for a verb that has its own way to say how many CPUs each task takes."""
-    return _add(function, [*_WHAT, _LOCAL, _JSON])
+    return _add(function, [*_WHAT, _STRICT, _LOCAL, _JSON])
 
 
 def _add(function: F, options: list[Callable[[F], F]]) -> F:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def check_strict(submitter: Submitter, chosen: Mapping[str, Any], specs: Sequence[TaskSpec]) -> None:
+    """With --strict, raise BadInput for what no live worker could ever run."""
+    if chosen["strict"] and chosen["local"]:
+        raise BadInput("--strict is about the workers that run now, and --local starts one: choose one.")
+    if chosen["strict"]:
+        submitter.check_possible(specs)
 
 
 def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:

@@ -12,15 +12,13 @@ from typing import Any
 
 import click
 
-from aque.chooser import Place, why_nowhere
+from aque import observer
 from aque.cli import ids
 from aque.cli.farm import Farm, open_farm
 from aque.cli.show import as_json, columns, count, escape, span, timestamp
 from aque.errors import BadInput
 from aque.machine import user_name
 from aque.states import COMPLETE_STATES, READY_STATES, UNREADY_STATES, State
-from aque.store import Refusal
-from aque.values import Pattern, Requirement
 
 #: What `--json` prints, in this order; programs rely on it.
 FIELDS = (
@@ -30,9 +28,11 @@ FIELDS = (
 )  # fmt: skip
 #: What `why` is made of.
 _NOT_STARTED = READY_STATES | UNREADY_STATES
-_FOR_WHY = (
-    "state", "cpus", "memory", "queue", "pattern", "host", "platform", "user", "interpreter", "resources", "limits", "tags",
-    "requires_paths", "unmet",
+_FOR_WHY = ("id", "state", "unmet")
+#: What can be asked for besides.
+_MORE = (
+    "queue", "pattern", "host", "platform", "user", "interpreter", "resources", "limits", "tags", "requires_paths", "unmet",
+    "layer", "seq", "lost", "progress", "celery_id", "places", "why",
 )  # fmt: skip
 _OF_AN_ATTEMPT = frozenset({"worker", "started_at", "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes"})
 _TABLE = (
@@ -96,10 +96,9 @@ def command(
             if row.get("state") in _NOT_STARTED:  # what an earlier attempt has left says nothing about now
                 row.update(dict.fromkeys(_OF_AN_ATTEMPT & row.keys()))
         if needs_why:
-            places = farm.places()
-            refusals = _refusals(farm, rows)
+            ready = _whys(farm, rows)
             for row in rows:
-                row["why"] = why(row, places) or refused(refusals.get(row["id"], ()))
+                row["why"] = ready.get(row["id"]) or _why(row)
         if as_lines_of_json:
             _print_json(rows)
         elif csv_fields is not None:
@@ -109,45 +108,18 @@ def command(
     return 0
 
 
-def why(row: dict[str, Any], places: Sequence[Place]) -> str | None:
-    """Why a task does not run and will not soon, for people; None if there is nothing to say."""
+def _why(row: dict[str, Any]) -> str | None:
+    """Why a task that is not ready does not run, for people; None if there is nothing to say."""
     state = State(row["state"])
     if state is State.PENDING and row["unmet"]:
         return f"waits for {count(row['unmet'], 'task')}"
-    if state is State.HELD:
-        return "held"
-    if state is State.READY:
-        requirement = Requirement(
-            row["queue"],
-            Pattern(row["pattern"]),
-            row["cpus"],
-            row["memory"],
-            row["host"],
-            row["platform"],
-            row["user"],
-            row["interpreter"],
-            row["resources"],
-            row["limits"],
-            row["tags"],
-            row["requires_paths"],
-        )
-        return why_nowhere(requirement, places)
-    return None
+    return "held" if state is State.HELD else None
 
 
-def refused(refusals: Sequence[Refusal]) -> str | None:
-    """Which hosts could not start a task, the latest first, and why that one could not; None if there are none."""
-    if not refusals:
-        return None
-    hosts = ", ".join(refusal.host for refusal in reversed(refusals))
-    return f"refused by {hosts}: {refusals[-1].message}"
-
-
-def _refusals(farm: Farm, rows: Iterable[dict[str, Any]]) -> dict[int, list[Refusal]]:
-    """Of those that wait for a host."""
-    waiting = [row["id"] for row in rows if row["state"] in READY_STATES]
-    with farm.store.connect() as connection:
-        return farm.store.refusals.of(connection, waiting) if waiting else {}
+def _whys(farm: Farm, rows: Sequence[dict[str, Any]]) -> dict[int, str | None]:
+    """Why the ready ones among these tasks do not run."""
+    ready = [row["id"] for row in rows if row["state"] in READY_STATES]
+    return observer.whys(farm.store, farm.settings, ready) if ready else {}
 
 
 def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:
@@ -164,16 +136,7 @@ def _where(farm: Farm, states: str | None, job: str | None) -> dict[str, Any]:
 
 def _csv_fields(text: str) -> tuple[str, ...]:
     fields = tuple(word.strip() for word in text.split(","))
-    known = (
-        *dict.fromkeys([*FIELDS, *_FOR_WHY]),
-        "layer",
-        "seq",
-        "lost",
-        "progress",
-        "celery_id",
-        "places",
-        "why",
-    )
+    known = (*FIELDS, *_MORE)
     for name in fields:
         if name not in known:
             raise BadInput(f"there is no field {name!r}; there are: {', '.join(known)}.")

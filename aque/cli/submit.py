@@ -9,7 +9,7 @@ import click
 from aque.cli import captured, waiting
 from aque.cli.exit_status import exit_status, sentence
 from aque.cli.farm import Farm, open_farm
-from aque.cli.options import read, task_options
+from aque.cli.options import check_strict, read, task_options
 from aque.cli.show import as_json, complain
 from aque.errors import BadInput
 from aque.states import State
@@ -58,6 +58,7 @@ def command(words: tuple[str, ...], **chosen: Any) -> int:
         spec = submitter.command(
             task_id, argv, options, stdin=stdin, redirections=files, login=chosen["login"], cwd=cwd
         )
+        check_strict(submitter, chosen, [spec])
         states = submitter.submit([spec])
         if not (chosen["wait"] or chosen["watch"] or chosen["local"]):
             print_id(spec, states[task_id], chosen["as_json"], waits=False)

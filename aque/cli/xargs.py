@@ -16,7 +16,7 @@ from aque.cli import captured, waiting, xargs_input
 from aque.cli.exit_status import INTERRUPTED, sentence, stop_status, xargs_status
 from aque.cli.farm import Farm, open_farm
 from aque.cli.local_worker import LocalWorker
-from aque.cli.options import many_task_options, read
+from aque.cli.options import check_strict, many_task_options, read
 from aque.cli.show import as_json, complain, count
 from aque.errors import BadInput
 from aque.states import State
@@ -176,6 +176,7 @@ def _submit(farm: Farm, argvs: list[list[bytes]], chosen: dict[str, Any]) -> lis
     ]
     everything = tuple(Dependency(task_id, Condition.ANY) for task_id in ids)
     job = submitter.group(job_id, replace(options, name=options.name or first.name, dependencies=everything))
+    check_strict(submitter, chosen, [first])
     submitter.submit([job, *specs])
     return [job, *specs]
 

@@ -32,7 +32,9 @@ from aque.settings import Settings
 from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
 from aque.store import schema
 from aque.store import statements as sql
+from aque.store.changes import Changes
 from aque.store.engine import copy_rows, inside_transaction, open_engine, reachable, transaction, why_not_personal
+from aque.store.explanations import Explanations
 from aque.store.limits import Limits
 from aque.store.refusals import Refusals
 from aque.store.reservations import Reservations
@@ -210,6 +212,8 @@ class Store:
         self.limits = Limits(self.dialect)
         self.host = socket.gethostname()
         self.reservations = Reservations(self.dialect)
+        self.explanations = Explanations(self.dialect)
+        self.changes = Changes(self.dialect)
         self.refusals = Refusals(self.dialect)
         self._requirement_ids: dict[Requirement, int] = {}
         self._requirements: dict[int, Requirement] = {}
@@ -306,14 +310,23 @@ class Store:
     def intern(self, connection: sa.Connection, specs: Iterable[TaskSpec]) -> None:
         """Make sure that the requirement classes and environments of `specs` have rows. Outside of the submission's own
         transaction, so that two submitters of the same class never wait for each other."""
-        for requirement in {spec.requirement for spec in specs if spec.requirement.pattern is not Pattern.GROUP}:
-            if requirement not in self._requirement_ids:
-                self._requirement_ids[requirement] = self._requirement_id(connection, requirement)
+        wanted = {spec.requirement for spec in specs if spec.requirement.pattern is not Pattern.GROUP}
+        self.requirement_ids(connection, wanted)
         for content in {spec.environment for spec in specs if spec.environment}:
             digest = _digest(content)
             if digest not in self._environment_ids:
                 connection.execute(sql.add_environment(self.dialect), {"id": digest, "content": content})
                 self._environment_ids.add(digest)
+
+    def requirement_ids(self, connection: sa.Connection, wanted: Iterable[Requirement]) -> dict[Requirement, int]:
+        """The classes of these requirements, made if there are none, outside of any transaction: see `intern`."""
+        known = self._requirement_ids
+        found = {}
+        for requirement in wanted:
+            if requirement not in known:
+                known[requirement] = self._requirement_id(connection, requirement)
+            found[requirement] = known[requirement]
+        return found
 
     def is_crowded(self, connection: sa.Connection, requirements: Iterable[Requirement]) -> bool:
         """True if some of these classes have places and are new, while so many classes with places have ready tasks that
