@@ -50,12 +50,13 @@ def test_what_was_skipped_leads_to_the_first_failure(served):
 
 def test_each_worker_says_what_is_in_the_way_and_when_it_expects_room(served):
     first = running(served, "--cpus", "3", "--duration", "10m", "--", "sleep", "600")
-    waiting = served.submit("--cpus", "2", "--", "true")
+    # With names of their own: what is known to be short is claimed ahead of room for it.
+    waiting = served.submit("--name", "waiting", "--cpus", "2", "--", "true")
     (view,) = explained(served, waiting)["workers"]
     assert view["kind"] == "no_room" and view["worker"].startswith("celery@")
     assert view["text"].startswith("needs 2 cpus, 1 is free: expects room at ") and view["expected_at"].endswith("Z")
     assert why(served, waiting) == "waits for its turn"
-    behind = served.submit("--cpus", "2", "--", "true")
+    behind = served.submit("--name", "behind", "--cpus", "2", "--", "true")
     assert "1 ready task goes before it" in served("explain", str(behind)).out
     served("set", str(behind), "priority=1")
     assert "no ready task goes before it" in served("explain", str(behind)).out
@@ -89,9 +90,9 @@ def test_what_fits_nowhere_is_unsatisfiable(served):
 
 def test_a_job_is_summed_up(served):
     first = running(served, "--cpus", "4", "--", "sleep", "600")
-    job = served("xargs", "--no-wait", "-n1", "true", given=b"a b c").id
+    job = served("xargs", "--no-wait", "--name", "part", "-n1", "true", given=b"a b c").id
     out = served("explain", str(job)).out
-    assert out.splitlines()[0] == f"{job} true: pending"
+    assert out.splitlines()[0] == f"{job} part: pending"
     assert "3 tasks: waits for its turn" in out
     served("kill", str(first))
     served("wait", str(job))
