@@ -62,6 +62,7 @@ class Heartbeat:
         self._on_renewed = on_renewed
         self._on_beat = on_beat
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._host = machine.host_id()
         self._host_name = socket.gethostname()
         self._patience_until = 0.0
@@ -74,7 +75,12 @@ class Heartbeat:
     def stop(self) -> None:
         """The last beat has been."""
         self._stop.set()
+        self._wake.set()
         self._thread.join(5)
+
+    def soon(self) -> None:
+        """Beat now: there is something to tell."""
+        self._wake.set()
 
     def _run(self) -> None:
         last = time.monotonic()
@@ -92,7 +98,9 @@ class Heartbeat:
                 self._on_beat()
             except Exception:
                 logger.exception("looking after this worker's processes failed")
-            if self._stop.wait(self._period):
+            self._wake.wait(self._period)
+            self._wake.clear()
+            if self._stop.is_set():
                 return
 
     def _be_patient(self) -> None:

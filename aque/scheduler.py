@@ -115,7 +115,8 @@ class Scheduler:
     """Claims, starts and finishes tasks for one worker.
 
     `start_task` starts an attempt, with what is reserved for it, and never raises; `on_end` is called when an `until` is
-    reached; once `is_urgent` is true, whatever runs is killed and given back.
+    reached, `on_news` when the worker's row should tell something else of what it avoids; once `is_urgent` is true, whatever
+    runs is killed and given back.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Scheduler:
         until: Until | None,
         on_end: Callable[[], None],
         is_urgent: Callable[[], bool],
+        on_news: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -138,6 +140,7 @@ class Scheduler:
         self._until = until
         self._on_end = on_end
         self._is_urgent = is_urgent
+        self._on_news = on_news
         self._mounts = Mounts(place.host, self.look)
         self._classes = Classes(store, settings, place, self._mounts)
         self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds)
@@ -480,9 +483,12 @@ class Scheduler:
             self._look_ready = False
             self._looked_at = time.monotonic()
             ahead = self._claim_ahead and not full and self._until != "one" and not self._commands_only
+        missing = self._classes.missing_paths
         picked = self._claimer.look(
             connection, self._worker_id, self._ledger.free, lambda: self._busy(connection), buffered
         )
+        if self._classes.missing_paths != missing:
+            self._on_news()
         self._look_at = None if picked.again_in is None else time.monotonic() + picked.again_in
         self._waiting = picked.more or bool(picked.ahead)
         start = picked.start[:1] if self._until == "one" else picked.start
@@ -804,6 +810,7 @@ class Scheduler:
                 return
             self._claimer.avoided = avoided
             self._look_ready = True
+            self._on_news()
             kept = deque(task for task in self._buffer if not avoided.includes(task.class_id, task.job_id, task.id))
             kept_ids = {task.id for task in kept}
             self._batch.returned += [(task.id, task.token) for task in self._buffer if task.id not in kept_ids]

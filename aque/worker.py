@@ -106,6 +106,7 @@ class AqueWorker:
             self.runner.start,
             until=worker.app.conf.get("aque_until"),
             on_end=_end_worker,
+            on_news=lambda: self.heartbeat.soon() if self.heartbeat is not None else None,
             is_urgent=lambda: signals.is_urgent or celery_state.should_terminate not in (None, False),
         )
         self.worker_id = self.scheduler.worker_id
