@@ -39,6 +39,8 @@ OUTPUT_BYTES = 1 << 20
 OUTPUT_LIMIT_BYTES = 32 << 20
 #: What was claimed ahead and has not started for so long goes back.
 BUFFER_SECONDS = 1.0
+#: What was chosen and could not be had is looked at again after so long.
+RETRY_SECONDS = 0.05
 #: With a well filled buffer, the table is looked at so rarely.
 LOOK_SECONDS = 0.05
 #: How fast a measured run time follows the latest runs; how many names are remembered.
@@ -197,7 +199,7 @@ class Scheduler:
                 self._batch.returned.append(claim)
             else:
                 self._batch.outcomes.append(outcome)
-                if not entry.task.dependents:
+                if not entry.task.dependents and not self._classes.limits(entry.task.class_id):
                     self._batch.lone.add(outcome.id)
             self._abandoned.discard(claim)
             self._claim_ahead = True
@@ -596,6 +598,8 @@ class Scheduler:
         returned: bool,
     ) -> None:
         got = {task.id for task in started}
+        if len(got) < len(reserved):  # others were faster, or are about to leave the tokens that they hold locked
+            self._look_at = time.monotonic() + RETRY_SECONDS
         for task in reserved:
             if task.id not in got:
                 self._ledger.release(self._classes.need(task.class_id))
