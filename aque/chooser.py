@@ -7,7 +7,7 @@ fit among those that fit.
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from heapq import heapify, heappop, heapreplace
@@ -110,6 +110,11 @@ def why_nowhere(requirement: Requirement, places: Sequence[Place]) -> str | None
     return f"unsatisfiable: {next(r for p, r in zip(places, reasons, strict=True) if p in served and r)}"
 
 
+def weight(cpus: Fraction) -> Fraction:
+    """What a running task with so many CPUs counts for its user: its CPUs, and a little for being there."""
+    return cpus + Fraction(1, 1000)
+
+
 def order(task: ReadyTask) -> tuple[int, float, int]:
     """Sort key within a requirement class: smaller starts first."""
     return -task.priority, -task.duration, task.id
@@ -131,7 +136,7 @@ class Blocked:
 
     task: ReadyTask
     why: str
-    lacks_capacity: bool = False  #: of this worker
+    lacks_capacity: bool = False  #: of this worker, and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +192,7 @@ def choose(
         head = queues[user][0]
         task, kind = head.task, head.of
         if why := _why_not(kind, free, left):
-            blocked.append(Blocked(task, why, lacks_capacity=free.lacking(kind.need) is not None))
+            blocked.append(Blocked(task, why, lacks_capacity=why_no_token(kind.limits, left) is None))
             heappop(queues[user])
         else:
             way: str | None = "ahead"
@@ -199,7 +204,7 @@ def choose(
                     spare = spare - kind.need
                 start.append(task)
                 free = free - kind.need
-                used[user] += kind.need.cpus
+                used[user] += weight(kind.need.cpus)
                 for name, number in kind.limits.items():
                     if name in left:
                         left[name] -= number
@@ -219,10 +224,12 @@ def choose(
 
 
 def _why_not(kind: Class, free: Capacity, tokens: Mapping[str, int]) -> str | None:
-    lacking = free.lacking(kind.need)
-    if lacking is not None:
-        return lacking
-    for name, number in kind.limits.items():
+    return free.lacking(kind.need) or why_no_token(kind.limits, tokens)
+
+
+def why_no_token(wanted: Mapping[str, int], tokens: Mapping[str, int]) -> str | None:
+    """The first limit of which `wanted` wants more tokens than are free, as a sentence part; None if there are enough."""
+    for name, number in wanted.items():
         if tokens.get(name, number) < number:
             return f"limit {name}: needs {number}, {tokens[name]} of it free"
     return None
@@ -314,24 +321,29 @@ BUFFER_TASKS = 128
 def ahead(
     ready: Mapping[int, Sequence[ReadyTask]],
     classes: Mapping[int, Class],
+    tokens: Mapping[str, int],
     usage: Mapping[str, Fraction] | None,
     seconds: Callable[[str], float | None],
     buffered: int,
     places: int,
 ) -> list[ReadyTask]:
-    """The tasks to claim into the local buffer, in the order of `choose`: short ones only, about BUFFER_SECONDS of work.
+    """The tasks to claim into the local buffer, in the order of `choose`: about BUFFER_SECONDS of work, up to the first task
+    that is not known to be short, or that takes tokens. What is buffered starts before anybody looks again: it must not go
+    before what has a better right to the place.
 
     `seconds` gives the measured run time of tasks with this name, or None; `places` is how many run at once here.
     """
     if buffered >= BUFFER_TASKS or not any(seconds(row[0].name) is not None for row in ready.values() if row):
         return []
-    in_order = choose(ready, classes, _EVERYTHING, BUFFER_TASKS, usage=usage).start
+    names = {name for class_id in ready for name in classes[class_id].need.resources}
+    everything = replace(_EVERYTHING, resources=dict.fromkeys(names, 1 << 40))
+    in_order = choose(ready, classes, everything, BUFFER_TASKS, tokens=tokens, usage=usage).start
     chosen: list[ReadyTask] = []
     budget = BUFFER_SECONDS * max(places, 1)
     for task in in_order:
         expected = seconds(task.name)
-        if expected is None or expected > SHORT_SECONDS:
-            continue
+        if expected is None or expected > SHORT_SECONDS or classes[task.class_id].limits:
+            break
         budget -= max(expected, BUFFER_SECONDS / BUFFER_TASKS)
         if budget < 0 or buffered + len(chosen) >= BUFFER_TASKS:
             break

@@ -1,13 +1,14 @@
 """claim: look at what is ready, choose what fits here, take it."""
 
 import time
-from collections.abc import Callable, Container, Sequence
+from bisect import insort
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from aque import chooser
-from aque.backfill import Hold
+from aque.backfill import Hold, forecast
 from aque.backoff import NOTHING_AVOIDED
 from aque.classes import Classes
 from aque.resources import Capacity
@@ -28,12 +29,14 @@ USAGE_SECONDS = 0.5
 @dataclass(frozen=True, slots=True)
 class Picked:
     """What a look found: tasks to start, short tasks to claim ahead, whether there is more than that, and in how many seconds
-    something that waits for a time need not wait any more (None: nothing does)."""
+    something that waits for a time need not wait any more (None: nothing does); and whether something was left out because its
+    files have yet to be looked at."""
 
     start: list[ReadyTask]
     ahead: list[ReadyTask]
     more: bool
     again_in: float | None = None
+    is_undecided: bool = False
 
 
 class Claimer:
@@ -80,20 +83,20 @@ class Claimer:
             here, until = self._at_home(found[class_id], requirements[class_id], now)
             ready[class_id] = here
             due += [] if until is None else [until]
-        choice = self._choose(connection, worker_id, ready, classes, cut, free, running, now)
+        tokens = self._classes.free_tokens(connection, classes.values())
+        choice = self._choose(connection, worker_id, ready, classes, cut, tokens, free, running, now)
         chosen = {task.id for task in choice.start}
         rest = {class_id: [task for task in row if task.id not in chosen] for class_id, row in ready.items()}
         self._waiting_priority = max((row[0].priority for row in rest.values() if row), default=None)
         ahead: list[ReadyTask] = []
         if not self.is_holding:
-            simple = {class_id: row for class_id, row in rest.items() if not classes[class_id].limits}
             usage = self._usage if self._is_contended else None
-            ahead = chooser.ahead(
-                simple, classes, usage, self._seconds, buffered, self._classes.place.whole.python_slots
-            )
+            slots = self._classes.place.whole.python_slots
+            ahead = chooser.ahead(rest, classes, tokens, usage, self._seconds, buffered, slots)
         more = bool(cut) or sum(map(len, rest.values())) > len(ahead)
         due += [now] if choice.is_cut else []
-        return Picked(choice.start, ahead, more, min(due) - now if due else None)
+        is_undecided = self._classes.is_undecided
+        return Picked(choice.start, ahead, more, min(due) - now if due else None, is_undecided)
 
     def _choose(
         self,
@@ -102,12 +105,12 @@ class Claimer:
         ready: dict[int, list[ReadyTask]],
         classes: dict[int, chooser.Class],
         cut: Container[int],
+        tokens: Mapping[str, int],
         free: Capacity,
         running: Running,
         now: float,
     ) -> chooser.Choice:
         usage = self._read_usage(connection, classes)
-        tokens = self._classes.free_tokens(connection, classes.values())
 
         def choose(hold: Hold | None) -> chooser.Choice:
             return chooser.choose(
@@ -123,7 +126,7 @@ class Claimer:
                 cut=cut,
             )
 
-        hold = self._keeper.hold(connection, worker_id, free, running, now)
+        hold = self._hold(connection, worker_id, ready, classes, tokens, free, running, now)
         choice = choose(hold)
         if choice.blocked:
             starving = chooser.starving(
@@ -141,8 +144,33 @@ class Claimer:
         if usage is not None:
             for task in choice.start:  # until it is read again
                 kind = classes[task.class_id]
-                usage[kind.user] = usage.get(kind.user, Fraction(0)) + kind.need.cpus
+                usage[kind.user] = usage.get(kind.user, Fraction(0)) + chooser.weight(kind.need.cpus)
         return choice
+
+    def _hold(
+        self,
+        connection: Any,
+        worker_id: int,
+        ready: dict[int, list[ReadyTask]],
+        classes: dict[int, chooser.Class],
+        tokens: Mapping[str, int],
+        free: Capacity,
+        running: Running,
+        now: float,
+    ) -> Hold | None:
+        """What this worker keeps room for, if it could start here as soon as there is room; `ready` then holds it."""
+        task = self._keeper.kept(connection, worker_id)
+        if task is None:
+            return None
+        kind = classes.get(task.class_id)
+        is_avoided = self.avoided.includes(task.class_id, task.job_id, task.id)
+        if kind is None or is_avoided or chooser.why_no_token(kind.limits, tokens):
+            self._keeper.give_up(connection, worker_id)
+            return None
+        row = ready.setdefault(task.class_id, [])
+        if task.id not in {one.id for one in row}:  # longer ones of its class stand before all that was read
+            insort(row, task, key=chooser.order)
+        return Hold(task.id, task.priority, forecast(kind.need, free, running(), now))
 
     def _read_usage(self, connection: Any, classes: dict[int, chooser.Class]) -> dict[str, Fraction] | None:
         """The CPUs that run for each user, if several have something ready and share the farm."""
@@ -155,14 +183,14 @@ class Claimer:
         return self._usage
 
     def choose_released(self, connection: Any, released: Sequence[ReadyTask], free: Capacity) -> list[ReadyTask]:
-        """Of tasks that this very transaction has released, those that fit here and that nothing goes before: a chain needs no
-        second look."""
+        """Of tasks that this very transaction has released, those that fit here and that no higher priority waits before: a
+        chain needs no second look. Nothing is asked of the database but their classes."""
         if self.is_holding or self._is_contended:
             return []
         least = self._waiting_priority
         released = [task for task in released if not self.avoided.includes(task.class_id, task.job_id, task.id)]
         requirements = self._store.requirements(connection, {task.class_id for task in released})
-        seen = self._classes.as_seen(connection, requirements)
+        seen = self._classes.known(requirements)
         classes = {class_id: kind for class_id, kind in seen.items() if not kind.limits}
         rows: dict[int, list[ReadyTask]] = {}
         for task in sorted(released, key=chooser.order):
@@ -173,9 +201,14 @@ class Claimer:
     def claim(
         self, connection: Any, tasks: Sequence[ReadyTask], worker_id: int, token: int, state: State
     ) -> list[ClaimedTask]:
-        """Take those that nobody else has taken meanwhile."""
+        """Take those that nobody else has taken, or changed, meanwhile."""
         limits = {task.id: self._classes.limits(task.class_id) for task in tasks}
-        return self._store.claim(connection, [task.id for task in tasks], worker_id, token, state, limits=limits)
+        got = self._store.claim(connection, [task.id for task in tasks], worker_id, token, state, limits=limits)
+        chosen = {task.id: task.class_id for task in tasks}
+        changed = [task for task in got if task.class_id != chosen[task.id]]
+        if changed:  # it needs something else now: nothing was reserved for that
+            self._store.give_back(connection, [(task.id, task.token) for task in changed])
+        return [task for task in got if task not in changed]
 
     def _at_home(
         self, tasks: list[ReadyTask], requirement: Requirement, now: float

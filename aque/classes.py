@@ -1,5 +1,6 @@
 """The requirement classes as this worker sees them now: what fits, what their files cost here, which limits they take."""
 
+import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -7,13 +8,18 @@ from typing import Any
 
 from aque import chooser
 from aque.chooser import Place
-from aque.hints import Cost, io_capacity, parse_io_limits
+from aque.errors import BadInput
+from aque.hints import Cost, io_capacity, limit_of, parse_io_limits
 from aque.mounts import Mounts
 from aque.resources import Capacity, parse_limits
 from aque.settings import Settings
 from aque.store import Store, transaction
 from aque.values import Requirement
 
+logger = logging.getLogger(__name__)
+
+#: Classes kept in memory; then all are looked at anew.
+CLASSES_KEPT = 4096
 #: The limits that there are, are read so often: one that is set for a user counts so much later at most.
 LIMITS_SECONDS = 2.0
 
@@ -33,6 +39,8 @@ class Classes:
         self._capacities_read_at = -LIMITS_SECONDS
         self._sources: set[str] = set()  #: whose limit is as this worker's settings want it
         self._missing: dict[int, Mapping[bytes, str]] = {}
+        #: The last look has left out a class whose files have yet to be looked at.
+        self.is_undecided = False
 
     @property
     def place(self) -> Place:
@@ -42,7 +50,7 @@ class Classes:
     def serve(self, queues: frozenset[str]) -> None:
         """It claims from these queues from now on."""
         self._place = replace(self._place, queues=queues)
-        self._never = {}
+        self._never = {}  # after the place: who looks meanwhile, in another thread, fills the old one
 
     def commands_only(self) -> None:
         """It claims nothing more that needs a child of the pool."""
@@ -74,21 +82,43 @@ class Classes:
     def as_seen(self, connection: Any, requirements: Mapping[int, Requirement]) -> dict[int, chooser.Class]:
         """Those of these classes that this worker can run just now. One whose files it has not looked at yet is left out: when
         that has been done, the worker looks again."""
+        if len(self._needs) > CLASSES_KEPT:
+            self._never, self._needs, self._limits = {}, {}, {}
+        self.is_undecided = False
         if time.monotonic() - self._capacities_read_at > LIMITS_SECONDS:
             self._capacities = self._store.limits.capacities(connection)
             self._capacities_read_at = time.monotonic()
-        seen = {class_id: self._seen(connection, class_id, needs) for class_id, needs in requirements.items()}
-        return {class_id: kind for class_id, kind in seen.items() if kind is not None}
+        return self._those_that_can(connection, requirements)
+
+    def known(self, requirements: Mapping[int, Requirement]) -> dict[int, chooser.Class]:
+        """The same, without a question to the database: who is within a transaction leaves out what needs one."""
+        return self._those_that_can(None, requirements)
+
+    def _those_that_can(self, connection: Any, requirements: Mapping[int, Requirement]) -> dict[int, chooser.Class]:
+        found = {}
+        for class_id, requirement in requirements.items():
+            try:
+                seen = self._seen(connection, class_id, requirement)
+            except BadInput as error:  # in a shared store anybody can write a row; it must not stop the others' tasks
+                logger.error("tasks of requirement %d are not claimed: %s", class_id, error)
+                self._never[class_id] = True
+            else:
+                if seen is not None:
+                    found[class_id] = seen
+        return found
 
     def _seen(self, connection: Any, class_id: int, requirement: Requirement) -> chooser.Class | None:
-        if class_id not in self._never:
-            self._never[class_id] = chooser.why_never(requirement, self._place) is not None
-            self._needs[class_id] = chooser.need(requirement, self._place)
-        if self._never[class_id]:
+        never = self._never
+        if class_id not in never:
+            place = self._place
+            self._needs[class_id] = chooser.need(requirement, place)
+            never[class_id] = chooser.why_never(requirement, place) is not None
+        if never[class_id]:
             return None
         if requirement.requires_paths:
             missing = self._mounts.missing(requirement.requires_paths)
             self._missing[class_id] = missing or {}
+            self.is_undecided = self.is_undecided or missing is None
             if missing is None or missing:
                 return None
         limits = parse_limits(requirement.limits) if requirement.limits else {}
@@ -98,24 +128,26 @@ class Classes:
         if requirement.places:
             seen = self._mounts.seen(requirement.places)
             if seen is None:
+                self.is_undecided = True
                 return None
             cost = seen.cost
             for source in seen.sources:
-                if self._is_limited(connection, source):
-                    limits[f"io:{source}"] = max(limits.get(f"io:{source}", 0), 1)
+                if (capacity := io_capacity(source, self._io_limits)) is not None:
+                    if source not in self._sources and not self._set_limit(connection, source, capacity):
+                        return None
+                    limits.setdefault(limit_of(source), 1)
         self._limits[class_id] = limits
         return chooser.Class(self._needs[class_id], requirement.user, cost, limits)
 
-    def _is_limited(self, connection: Any, source: str) -> bool:
-        """True if the settings bound how many tasks use this file system at once; the limit is then as they say."""
-        capacity = io_capacity(source, self._io_limits)
-        name = f"io:{source}"
-        if capacity is not None and source not in self._sources:
-            if self._store.limits.capacities(connection).get(name) != capacity:
-                with transaction(connection):
-                    self._store.limits.set(connection, name, capacity)
-            self._sources.add(source)
-        return capacity is not None
+    def _set_limit(self, connection: Any, source: str, capacity: int) -> bool:
+        """Let the limit of a file system be as this worker's settings say; False: not now, within a transaction."""
+        if connection is None:
+            return False
+        if self._store.limits.capacities(connection).get(limit_of(source)) != capacity:
+            with transaction(connection):
+                self._store.limits.set(connection, limit_of(source), capacity)
+        self._sources.add(source)
+        return True
 
     def free_tokens(self, connection: Any, classes: Iterable[chooser.Class]) -> dict[str, int]:
         """What is to be had of the limits of these classes; nothing is asked if they have none."""

@@ -12,6 +12,7 @@ from enum import IntEnum
 from fnmatch import fnmatchcase
 
 from aque.errors import BadSetting
+from aque.resources import LARGEST_LIMIT
 
 #: File systems that other machines reach too. SQLite's locks or its shared memory do not work there.
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -134,14 +135,19 @@ def parse_io_limits(text: str) -> tuple[tuple[str, int], ...]:
             not glob.strip()
             or not number.strip().isascii()
             or not number.strip().isdecimal()
-            or not 0 < int(number) < 10**6
+            or not 0 < int(number) <= LARGEST_LIMIT
         ):
             raise BadSetting(
                 f"io_limits cannot be {text!r}, because of {part!r}: write globs of sources and whole numbers from 1 to "
-                "999999, as in 'nas*:*=16,/dev/sd*=4'."
+                f"{LARGEST_LIMIT}, as in 'nas*:*=16,/dev/sd*=4'."
             )
         found.append((glob.strip(), int(number)))
     return tuple(found)
+
+
+def limit_of(source: str) -> str:
+    """The name of the limit of a file system: what a limit's name cannot hold is an underscore."""
+    return "io:" + re.sub(r"[^A-Za-z0-9_.:/@+-]", "_", source)[:190]
 
 
 def io_capacity(source: str, io_limits: Sequence[tuple[str, int]]) -> int | None:

@@ -24,6 +24,8 @@ _SHARE = re.compile(r"(\d{0,9})/(\d{1,9})")
 #: NAME=2, or NAME=[0,2-3] for those with these numbers.
 _RESOURCE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,63})\s*=\s*(?:(\d{1,6})|\[([\d,\s-]{1,1000})\])\s*(?:,|$)")
 _LIMIT = re.compile(r"([A-Za-z0-9_.:/@+-]{1,200})(?:=(\d{1,6}))?")
+#: Tokens of one limit: each is a row.
+LARGEST_LIMIT = 10_000
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 

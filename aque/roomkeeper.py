@@ -27,7 +27,8 @@ class RoomKeeper:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._settings = settings
-        self._kept: tuple[ReadyTask, Capacity] | None = None
+        self._kept: tuple[int, int] | None = None  #: the task and its class
+        self._renewed_at = 0.0
         self._looked_at = 0.0
 
     @property
@@ -35,20 +36,25 @@ class RoomKeeper:
         """True while this worker keeps room for a task."""
         return self._kept is not None
 
-    def hold(
-        self, connection: Any, worker_id: int, free: Capacity, running: Callable[[], Sequence[Busy]], now: float
-    ) -> Hold | None:
-        """The task for which this worker keeps room, with the forecast as of now; the lease on it is renewed. Without one,
-        nothing is asked of the database."""
+    def kept(self, connection: Any, worker_id: int) -> ReadyTask | None:
+        """The task for which this worker keeps room, as it is now; the lease on it is renewed. Without one, nothing is asked of
+        the database."""
         if self._kept is None:
             return None
-        task, need = self._kept
         reservations = self._store.reservations
-        if not reservations.renew(connection, task.id, worker_id, self._settings.lease_seconds):
-            self._kept = None
-            reservations.drop(connection, worker_id)
+        task = reservations.kept(connection, worker_id)
+        if task is None or (task.id, task.class_id) != self._kept:
+            self.give_up(connection, worker_id)
             return None
-        return Hold(task.id, task.priority, forecast(need, free, running(), now))
+        if time.monotonic() - self._renewed_at > self._settings.lease_seconds / 3:
+            reservations.renew(connection, worker_id, self._settings.lease_seconds)
+            self._renewed_at = time.monotonic()
+        return task
+
+    def give_up(self, connection: Any, worker_id: int) -> None:
+        """Keep room no more: the task has started, or could not start here now even if there were room."""
+        self._kept = None
+        self._store.reservations.drop(connection, worker_id)
 
     def consider(
         self,
@@ -65,7 +71,9 @@ class RoomKeeper:
             return None
         self._looked_at = time.monotonic()
         taken = self._store.reservations.rows(connection)
-        left = [task for task in starving if task.id not in {row.task_id for row in taken}]
+        # A row of this worker's own may be left from before a restart.
+        others = {row.task_id for row in taken if row.worker_id != worker_id}
+        left = [task for task in starving if task.id not in others]
         if not left:
             return None
         task = left[0]
@@ -82,7 +90,7 @@ class RoomKeeper:
             if not self._store.reservations.take(connection, task.id, worker_id, self._settings.lease_seconds):
                 return None
         (need,) = (load.need for load in loads if load.worker_id == worker_id)
-        self._kept = (task, need)
+        self._kept, self._renewed_at = (task.id, task.class_id), time.monotonic()
         logger.info("keeping room for task %d, which smaller ones overtake", task.id)
         return Hold(task.id, task.priority, forecast(need, free, here.running, now))
 

@@ -154,6 +154,7 @@ class Scheduler:
         self._buffered_at = 0.0
         self._claim_ahead = True  #: something has finished since the buffer was given back
         self._looked_at = 0.0
+        self._polled_at = 0.0
         self._look_at: float | None = None  #: something that waits for a time is due then (monotonic)
         self._batch = Batch()
         self._writing = Batch()  #: taken from `_batch`, and not known to be in the table yet
@@ -426,16 +427,19 @@ class Scheduler:
             if (change := self._backoff.next_change(now)) is not None:
                 due.append(change - now)
         assert self._bell is not None
-        began = time.monotonic()
         doorbell.wait_readable([self._wake_fd, self._bell.fileno()], max(min(due), 0.0))
         try:
             os.eventfd_read(self._wake_fd)
         except BlockingIOError:
             pass
         rung = self._bell.drain()
-        polled = not rung and time.monotonic() - began >= self._settings.poll_seconds * 0.8
-        is_due = self._look_at is not None and time.monotonic() >= self._look_at
-        self._look_ready = self._look_ready or doorbell.READY in rung or polled or is_due
+        now = time.monotonic()
+        polled = now - self._polled_at >= self._settings.poll_seconds * 0.8
+        if polled:  # however busy this thread is: a ring that was lost concerns a busy worker too
+            self._polled_at = now
+        if self._look_at is not None and now >= self._look_at:
+            self._look_at, self._look_ready = None, True
+        self._look_ready = self._look_ready or doorbell.READY in rung or polled
         self._look_kills = self._look_kills or doorbell.KILL in rung or polled
         self._reconcile = self._reconcile or polled
 
@@ -881,7 +885,8 @@ class Scheduler:
             over = self._started_any
         else:
             left = self._claimer.look(connection, self._worker_id, self._ledger.whole, list, 0)
-            over = not left.start and not self._store.is_anything_active(connection)
+            waits = left.is_undecided or left.again_in is not None
+            over = not left.start and not waits and not self._store.is_anything_active(connection)
         if over:
             self._draining = True
             self._on_end()

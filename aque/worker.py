@@ -54,6 +54,7 @@ class AqueWorker:
         """`worker_id`: of the image before this one; None: this is a new worker."""
         self.settings = settings
         self.store = store
+        store.worker_host = socket.gethostname()
         self.commands = commands
         self.strangers = strangers
         self.signals = signals

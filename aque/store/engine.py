@@ -435,7 +435,8 @@ def first_unlocked(
     columns = wanted.c
     if dialect == "sqlite":
         place = sa.func.row_number().over(partition_by=key, order_by=number).label("place")
-        first: Any = sa.select(key, number, place).where(where).subquery("first")
+        asked = key.in_(sa.select(columns.name))
+        first: Any = sa.select(key, number, place).where(where, asked).subquery("first")
         rows = first.c
         joined = sa.and_(rows[key.name] == columns.name, rows[number.name] < columns.below, rows.place <= columns.n)
     else:

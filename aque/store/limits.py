@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from aque.errors import BadInput
-from aque.resources import parse_limits
+from aque.resources import LARGEST_LIMIT, parse_limits
 from aque.store import statements as sql
 from aque.store.engine import lock_table
 from aque.store.tables import token
-
-#: Each unit of a limit is a row.
-LARGEST = 10_000
 
 #: A token: the limit's name, and which of it.
 Token = tuple[str, int]
@@ -48,8 +45,10 @@ class Limits:
             raise BadInput(
                 f"a limit's name is 1 to 200 letters, digits and _ . : / @ + -, not {name!r:.60}. Nothing was changed."
             )
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or not 0 <= capacity <= LARGEST:
-            raise BadInput(f"a limit is a whole number from 0 to {LARGEST}, not {capacity!r:.60}. Nothing was changed.")
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or not 0 <= capacity <= LARGEST_LIMIT:
+            raise BadInput(
+                f"a limit is a whole number from 0 to {LARGEST_LIMIT}, not {capacity!r:.60}. Nothing was changed."
+            )
         self._be_alone(connection)
         connection.execute(sql.set_limit(self.dialect), {"name": name, "capacity": capacity})
         connection.execute(sql.drop_tokens())
@@ -104,7 +103,7 @@ class Limits:
             totals.update(names)
         if not totals:
             return {task_id: [] for task_id in wanted}
-        rows = json.dumps([{"name": name, "n": min(n, LARGEST)} for name, n in sorted(totals.items())])
+        rows = json.dumps([{"name": name, "n": min(n, LARGEST_LIMIT)} for name, n in sorted(totals.items())])
         free: dict[str, list[int]] = {}
         for row in connection.execute(sql.lock_free_tokens(self.dialect), {"rows": rows}):
             free.setdefault(row.name, []).extend(() if row.slot is None else (row.slot,))

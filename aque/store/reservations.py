@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
 from aque.store.statements import rooms as sql
+from aque.values import ReadyTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,20 @@ class RunningTask:
     duration: float  #: expected seconds; 0: unknown
 
 
+def ready_task(row: Any) -> ReadyTask:
+    """A row of `statements.READY_COLUMNS`."""
+    return ReadyTask(
+        row.id,
+        row.requirement_id,
+        row.rank,
+        row.duration,
+        row.name,
+        row.ready_at or 0.0,
+        row.job_id,
+        row.near_host or "",
+    )
+
+
 class Reservations:
     """One worker for a task, one task for a worker. Methods take an open connection."""
 
@@ -43,10 +59,14 @@ class Reservations:
         parameters = {"which_task": task_id, "which_worker": worker_id, "lease": lease_seconds}
         return connection.execute(sql.reserve(self._dialect), parameters).first() is not None
 
-    def renew(self, connection: sa.Connection, task_id: int, worker_id: int, lease_seconds: float) -> bool:
-        """Extend it; False: there is nothing to keep room for any more."""
-        parameters = {"which_task": task_id, "which_worker": worker_id, "lease": lease_seconds}
-        return connection.execute(sql.renew_reservation(), parameters).first() is not None
+    def kept(self, connection: sa.Connection, worker_id: int) -> ReadyTask | None:
+        """The task for which the worker keeps room, as it is now; None: there is nothing to keep room for any more."""
+        row = connection.execute(sql.kept_task(), {"which_worker": worker_id}).first()
+        return None if row is None else ready_task(row)
+
+    def renew(self, connection: sa.Connection, worker_id: int, lease_seconds: float) -> None:
+        """Extend the worker's reservation."""
+        connection.execute(sql.renew_reservation(), {"which_worker": worker_id, "lease": lease_seconds})
 
     def drop(self, connection: sa.Connection, worker_id: int) -> None:
         """The worker keeps room for nothing."""

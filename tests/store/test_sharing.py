@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from aque import roomkeeper
 from aque.backfill import Busy
+from aque.backoff import NOTHING_AVOIDED, Avoided
 from aque.chooser import Place
 from aque.claimer import Claimer
 from aque.classes import Classes
@@ -116,7 +117,7 @@ class SharedFarm:
         assert len({one.worker_id for one in kept}) == len(kept)
         assert {one.worker_id for one in kept} <= {one.id for one in self.workers}
         for one in self.workers:
-            used = sum((self_need(one, task).cpus for task in one.running.values()), Fraction(0))
+            used = sum((need(one, task).cpus for task in one.running.values()), Fraction(0))
             assert used + one.ledger.free.cpus == 4 and one.ledger.free.cpus >= 0
 
     def run_to_the_end(self) -> None:
@@ -133,7 +134,7 @@ class SharedFarm:
         assert left == {}, "nothing runs, and something waits"
 
 
-def self_need(one: Worker, task: ClaimedTask) -> Capacity:
+def need(one: Worker, task: ClaimedTask) -> Capacity:
     return one.classes.need(task.class_id)
 
 
@@ -166,3 +167,127 @@ def test_nobody_ever_has_more_than_there_is_and_all_that_can_run_does(
         for one in farm.workers:
             with store.connect() as connection:
                 store.unregister(connection, one.id)
+
+
+# -- what a worker may not rely on between two looks -------------------------------------------------------------------
+
+
+@pytest.fixture
+def farm(store: Store) -> Iterator[SharedFarm]:
+    with a_farm(store) as found:
+        yield found
+        for one in found.workers:
+            for task_id in list(one.running):
+                one.finish(task_id)
+        with store.begin() as connection:
+            store.limits.remove(connection, "nuke")
+
+
+def ready_ids(farm: SharedFarm) -> list[int]:
+    return sorted(task_id for task_id, state in states(farm.store).items() if state == State.READY)
+
+
+def keep_room(farm: SharedFarm, *, limits: str = "") -> tuple[Worker, int]:
+    """A worker of 4 CPUs of which one is taken, and that keeps room for a task which wants all."""
+    (one, *others) = farm.workers
+    for other in others:
+        farm.submit(1, 1)
+        other.look()  # each of the others is full
+    farm.submit(0, 1)
+    one.look()
+    (task_id,) = ids(farm.store, 1)
+    needs = replace(SPEC.requirement, cpus="all", limits=limits)
+    submit(farm.store, [replace(SPEC, id=task_id, requirement=needs, priority=0)])
+    one.claimer._keeper._looked_at = 0.0
+    one.look()
+    assert kept(farm) == {task_id: one.id}
+    return one, task_id
+
+
+def kept(farm: SharedFarm) -> dict[int, int]:
+    with farm.store.connect() as connection:
+        return {row.task_id: row.worker_id for row in farm.store.reservations.rows(connection)}
+
+
+def finish_others(farm: SharedFarm) -> None:
+    for one in farm.workers:
+        for task_id in list(one.running):
+            one.finish(task_id)
+
+
+def test_no_room_is_kept_for_what_could_not_start_even_then(farm: SharedFarm) -> None:
+    one, big = keep_room(farm, limits="nuke=1")
+    with farm.store.begin() as connection:
+        farm.store.limits.set(connection, "nuke", 0)
+    farm.submit(0, 3)
+    one.look()
+    assert kept(farm) == {}
+    assert len(one.running) == 4
+    assert ready_ids(farm) == [big]
+    finish_others(farm)
+    with farm.store.begin() as connection:
+        farm.store.limits.set(connection, "nuke", 1)
+    farm.run_to_the_end()
+
+
+def test_no_room_is_kept_for_what_this_host_could_not_start(farm: SharedFarm) -> None:
+    one, big = keep_room(farm)
+    one.claimer.avoided = Avoided(tasks=frozenset({big}))
+    farm.submit(0, 3)
+    one.look()
+    assert kept(farm) == {}
+    assert len(one.running) == 4
+    finish_others(farm)
+    one.claimer.avoided = NOTHING_AVOIDED
+    farm.run_to_the_end()
+
+
+def test_a_priority_that_changes_counts_for_the_kept_room_too(farm: SharedFarm) -> None:
+    one, big = keep_room(farm)
+    farm.submit(4, 3)  # of priority 1: they do not care for the room
+    with farm.store.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE aque_task SET rank = 5 WHERE id = {big}")
+    one.look()
+    assert len(one.running) == 1
+    finish_others(farm)
+    farm.run_to_the_end()
+
+
+def test_a_task_that_is_changed_between_the_look_and_the_claim_is_left(farm: SharedFarm) -> None:
+    one = farm.workers[0]
+    farm.submit(0, 2)
+    first, second = ready_ids(farm)
+    with farm.store.connect() as connection:
+        picked = one.claimer.look(connection, one.id, one.ledger.free, list, 0)
+        assert [task.id for task in picked.start] == [first, second]
+        with transaction(connection):
+            large = replace(SPEC.requirement, cpus="all")
+            farm.store.intern(connection, [replace(SPEC, requirement=large)])
+            number = farm.store._requirement_ids[large]
+            connection.exec_driver_sql(f"UPDATE aque_task SET requirement_id = {number} WHERE id = {first}")
+        with transaction(connection):
+            got = one.claimer.claim(connection, picked.start, one.id, 77, State.RUNNING)
+    assert [task.id for task in got] == [second]
+    assert ready_ids(farm) == [first]
+    finish(farm.store, *[outcome(task) for task in got])
+    farm.run_to_the_end()
+
+
+def test_a_row_that_nobody_can_read_does_not_keep_others_from_starting(farm: SharedFarm) -> None:
+    farm.submit(0, 2)
+    with farm.store.begin() as connection:
+        bad = replace(SPEC.requirement, cpus="a lot")
+        (task_id,) = farm.store.reserve_ids(connection, 1)
+        farm.store.intern(connection, [replace(SPEC, requirement=bad)])
+        farm.store.submit(connection, [replace(SPEC, id=task_id, requirement=bad, priority=9)])
+    for _ in range(2):
+        farm.workers[0].look()
+    assert len(farm.workers[0].running) == 2
+    assert ready_ids(farm) == [task_id]
+    finish_others(farm)
+    kill(farm.store, [task_id])
+
+
+def kill(store: Store, task_ids: list[int]) -> None:
+    with store.begin() as connection:
+        store.kill(connection, task_ids, 15)

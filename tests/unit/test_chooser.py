@@ -226,6 +226,10 @@ def test_no_more_start_than_a_limit_has_free_and_others_go_on() -> None:
         "limit nuke: needs 1, 0 of it free",
     }
     assert not any(blocked.lacks_capacity for blocked in choice.blocked)
+    large = chooser.choose(
+        rows_of([ReadyTask(1, 5, 0, 0.0, "")]), {5: cpus(9, limits={"nuke": 1})}, Capacity(), 9, tokens={"nuke": 0}
+    )
+    assert not large.blocked[0].lacks_capacity  # nobody shall keep room for what could not start even then
 
 
 def test_a_task_with_files_waits_a_moment_for_the_host_where_its_input_was_made() -> None:
@@ -368,7 +372,7 @@ def test_only_short_tasks_and_no_more_than_a_moment_of_work_are_claimed_ahead(
     seconds: list[float], buffered: int, places: int
 ) -> None:
     row = [ReadyTask(n, 1, 0, 0.0, str(n)) for n in range(len(seconds))]
-    chosen = chooser.ahead({1: row}, {1: cpus(1)}, None, lambda name: seconds[int(name)], buffered, places)
+    chosen = chooser.ahead({1: row}, {1: cpus(1)}, {}, None, lambda name: seconds[int(name)], buffered, places)
     assert all(seconds[task.id] <= chooser.SHORT_SECONDS for task in chosen)
     assert sum(seconds[task.id] for task in chosen) <= chooser.BUFFER_SECONDS * places
     assert len(chosen) + buffered <= max(chooser.BUFFER_TASKS, buffered)
@@ -376,7 +380,28 @@ def test_only_short_tasks_and_no_more_than_a_moment_of_work_are_claimed_ahead(
 
 def test_nothing_is_claimed_ahead_whose_run_time_nobody_knows() -> None:
     row = [ReadyTask(n, 1, 0, 0.0, "new") for n in range(5)]
-    assert chooser.ahead({1: row}, {1: cpus(1)}, None, lambda name: None, 0, 4) == []
+    assert chooser.ahead({1: row}, {1: cpus(1)}, {}, None, lambda name: None, 0, 4) == []
+
+
+def test_nothing_is_claimed_ahead_of_what_has_a_better_right_to_the_place() -> None:
+    short = [ReadyTask(n, 1, 0, 0.0, "short") for n in range(10, 20)]
+    classes = {
+        1: cpus(1),
+        2: cpus(1),
+        3: cpus(1, limits={"nuke": 1}),
+        4: Class(Capacity(Fraction(1), resources={"gpu": 1})),
+    }
+    seconds = {"short": 0.01}.get
+
+    def ahead(*tasks: ReadyTask, tokens: int = 1) -> int:
+        return len(chooser.ahead(rows_of([*short, *tasks]), classes, {"nuke": tokens}, None, seconds, 0, 1))
+
+    assert ahead() == 10
+    assert ahead(ReadyTask(1, 2, 10, 0.0, "unknown")) == ahead(ReadyTask(1, 1, 0, 5.0, "long")) == 0
+    assert ahead(ReadyTask(1, 4, 10, 0.0, "unknown")) == 0
+    assert ahead(ReadyTask(1, 3, 10, 0.0, "short")) == 0
+    assert ahead(ReadyTask(1, 3, 10, 0.0, "short"), tokens=0) == 10  # that one cannot start now anyway
+    assert ahead(ReadyTask(15, 2, 0, 0.0, "unknown")) == 5
 
 
 def test_what_is_claimed_ahead_is_shared_among_users_too() -> None:
@@ -384,7 +409,7 @@ def test_what_is_claimed_ahead_is_shared_among_users_too() -> None:
     rows = rows_of(
         [ReadyTask(n, 1, 0, 0.0, "") for n in range(50)] + [ReadyTask(n, 2, 0, 0.0, "") for n in range(50, 60)]
     )
-    chosen = chooser.ahead(rows, classes, {"anna": Fraction(2)}, lambda name: 0.01, 0, 1)
+    chosen = chooser.ahead(rows, classes, {}, {"anna": Fraction(2)}, lambda name: 0.01, 0, 1)
     assert [task.class_id for task in chosen[:9]] == [2, 2, 1, 2, 1, 2, 1, 2, 1]
 
 

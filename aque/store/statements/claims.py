@@ -6,7 +6,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from aque.states import Event, State, sources
-from aque.store.engine import one_of, per_class, row_set
+from aque.store.engine import one_of, per_class, row_set, wall_clock
 from aque.store.statements.common import (
     USAGE_COLUMNS,
     Statement,
@@ -195,6 +195,7 @@ def give_back(dialect: str) -> Statement:
         .values(
             state=State.READY,
             attempt=task.c.attempt - sa.case((is_state(State.CLAIMED), 1), else_=0),
+            ready_at=sa.case((is_state(State.CLAIMED), task.c.ready_at), else_=wall_clock()),
             token=None,
             reason=None,
         )

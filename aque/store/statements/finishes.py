@@ -116,6 +116,7 @@ def _finish(row: Any) -> Any:
             truncated=row.truncated,
             started_at=sa.func.coalesce(task.c.started_at, row.started_at),
             finished_at=row.ended_at,
+            ready_at=sa.case((sa.or_(lost, repeat), row.ended_at), else_=task.c.ready_at),
             token=None,
             kill_signal=None,
             kill_grace=None,

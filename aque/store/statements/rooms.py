@@ -6,10 +6,16 @@ import sqlalchemy as sa
 
 from aque.states import State
 from aque.store.engine import lease_clock
+from aque.store.statements.claims import READY_COLUMNS
 from aque.store.statements.common import Statement, insert_into, is_state
 from aque.store.tables import reservation, task, worker
 
-_IN_FORCE = (reservation.c.until > lease_clock(), worker.c.state == "live", is_state(State.READY))
+_IN_FORCE = (
+    reservation.c.until > lease_clock(),
+    worker.c.state == "live",
+    sa.not_(worker.c.draining),
+    is_state(State.READY),
+)
 
 
 @cache
@@ -50,18 +56,21 @@ def reserve(dialect: str) -> Statement:
 
 @cache
 def renew_reservation() -> Statement:
-    """Extend the reservation of `which_worker` for `which_task` by `lease` seconds. No row: it has none, or the task is not
-    waiting any more."""
-    waits = sa.exists().where(task.c.id == reservation.c.task_id, is_state(State.READY))
+    """Extend the reservation of `which_worker` by `lease` seconds."""
     return (
         sa.update(reservation)
-        .where(
-            reservation.c.task_id == sa.bindparam("which_task"),
-            reservation.c.worker_id == sa.bindparam("which_worker"),
-            waits,
-        )
+        .where(reservation.c.worker_id == sa.bindparam("which_worker"))
         .values(until=lease_clock() + sa.bindparam("lease", type_=sa.Double))
-        .returning(reservation.c.task_id)
+    )
+
+
+@cache
+def kept_task() -> Statement:
+    """The task for which `which_worker` keeps room, if it is ready and nobody else keeps room for it by now."""
+    return (
+        sa.select(*(task.c[name] for name in READY_COLUMNS))
+        .select_from(reservation.join(task, task.c.id == reservation.c.task_id))
+        .where(reservation.c.worker_id == sa.bindparam("which_worker"), is_state(State.READY))
     )
 
 
