@@ -233,11 +233,16 @@ def places(
         if len(different) > most:
             break
     if len(different) > most:
-        directory = _Directories(mounts)
-        of_paths = {paths: _few({directory[path] for path in paths}, mounts) for paths in paths_of_tasks}
+        of_paths = {paths: directories(paths, mounts) for paths in dict.fromkeys(paths_of_tasks)}
     if len(set(of_paths.values())) > most:
         of_paths = {paths: mount_points(paths, mounts) for paths in paths_of_tasks}
     return [of_paths[paths] for paths in paths_of_tasks]
+
+
+def directories(paths: Sequence[bytes], mounts: Sequence[Mount]) -> tuple[bytes, ...]:
+    """The directories of the paths (of a mount point: itself): at most four, sorted."""
+    directory = _Directories(mounts)
+    return _few({directory[path] for path in paths}, mounts)
 
 
 def mount_points(paths: Sequence[bytes], mounts: Sequence[Mount]) -> tuple[bytes, ...]:

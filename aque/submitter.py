@@ -227,7 +227,10 @@ class Submitter:
         if not paths:
             return specs
         looks = looks or Looks(self._file_systems)
-        places = hints.places(list(paths.values()), looks.mounts)
+        if len(specs) == 1 and specs[0].io_paths is None:  # who submits a thousand one by one makes no thousand classes
+            places = [hints.directories(found, looks.mounts) for found in paths.values()]
+        else:
+            places = hints.places(list(paths.values()), looks.mounts)
         requirements = _Placed()
         wanted = [requirements[specs[i].requirement, place] for i, place in zip(paths, places, strict=True)]
         with self.store.connect() as connection:
