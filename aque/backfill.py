@@ -7,8 +7,9 @@ every worker drain costs a fifth of it (see `benchmarks/policies.py`).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from aque.resources import Capacity
 
@@ -88,17 +89,19 @@ def keeper(loads: Iterable[Load], now: float) -> int | None:
     return None if best is None else best.worker_id
 
 
-def is_overtaken(need: Capacity, free: Capacity, others: Iterable[Capacity]) -> bool:
-    """True if smaller tasks can take, piece by piece, what a task waits for: one of `others` needs less of something of which
-    too little is free. Where all need the same nobody is overtaken, and to keep room would only cost some."""
-    wanted = _lacking(need, free)
-    return any(0 < _amounts(other).get(name, 0) < amount for other in others for name, amount in wanted.items())
+def smallest(needs: Iterable[Capacity]) -> dict[str, Fraction | int]:
+    """Of each thing that anybody needs, the least that somebody needs."""
+    found: dict[str, Fraction | int] = {}
+    for need in needs:
+        for name, amount in need.amounts():
+            if amount > 0:
+                found[name] = min(found.get(name, amount), amount)
+    return found
 
 
-def _lacking(need: Capacity, free: Capacity) -> dict[str, float]:
-    there = _amounts(free)
-    return {name: amount for name, amount in _amounts(need).items() if amount > there.get(name, 0)}
-
-
-def _amounts(capacity: Capacity) -> dict[str, float]:
-    return {name: float(amount) for name, amount in capacity.amounts()}
+def is_overtaken(need: Capacity, free: Capacity, least: Mapping[str, Fraction | int]) -> bool:
+    """True if smaller tasks can take, piece by piece, what a task waits for: somebody needs less (`least`: see `smallest`) of
+    something of which too little is free. Where all need the same nobody is overtaken, and to keep room would only cost some.
+    """
+    there = dict(free.amounts())
+    return any(amount > there.get(name, 0) and least.get(name, amount) < amount for name, amount in need.amounts())

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from heapq import heapify, heappop, heapreplace
 
-from aque.backfill import Hold, is_overtaken, may_fill
+from aque.backfill import Hold, is_overtaken, may_fill, smallest
 from aque.resources import Capacity, CpuRequest, format_cpus, parse_resources
 from aque.values import ClaimedTask, Pattern, ReadyTask, Requirement
 
@@ -69,7 +69,7 @@ def why_never(requirement: Requirement, place: Place) -> str | None:
         return f"platform is {place.platform}, not {requirement.platform}"
     for tag in filter(None, requirement.tags.split(",")):
         if (tag[1:] in place.tags) if tag.startswith("!") else (tag not in place.tags):
-            return f"has tag {tag[1:]}" if tag.startswith("!") else f"has no tag {tag}"
+            return f"has the tag {tag[1:]}, which it must not" if tag.startswith("!") else f"has no tag {tag}"
     for path in requirement.requires_paths:
         if path in place.missing_paths:
             return f"{path.decode(errors='backslashreplace')} is required: {place.missing_paths[path]}"
@@ -103,11 +103,17 @@ def why_nowhere(requirement: Requirement, places: Sequence[Place]) -> str | None
     served = [place for place in places if requirement.queue in place.queues]
     if not served:
         return f"no worker serves queue {requirement.queue!r}"
-    largest = max(served, key=lambda place: place.whole.cpus)
-    wanted = need(requirement, largest).cpus
-    if wanted > largest.whole.cpus:
-        return f"unsatisfiable: needs {format_cpus(wanted)} cpus, largest worker has {format_cpus(largest.whole.cpus)}"
-    return f"unsatisfiable: {next(r for p, r in zip(places, reasons, strict=True) if p in served and r)}"
+    cpus = {need(requirement, place).cpus - place.whole.cpus for place in served}
+    if min(cpus) > 0:  # whatever else it asks for
+        largest = max(served, key=lambda place: place.whole.cpus)
+        wanted = format_cpus(need(requirement, largest).cpus)
+        return f"unsatisfiable: needs {wanted} cpus, largest worker has {format_cpus(largest.whole.cpus)}"
+    said = sorted({why for place, why in zip(places, reasons, strict=True) if place in served and why})
+    if len(said) == 1:
+        return f"unsatisfiable: {said[0]}"
+    return (
+        f"unsatisfiable: no worker has all that it asks for ({'; '.join(said[:3])}{'; ...' if len(said) > 3 else ''})"
+    )
 
 
 def weight(cpus: Fraction) -> Fraction:
@@ -290,8 +296,8 @@ def starving(
                 aged.append(oldest)
     if not aged:
         return []
-    others = [classes[class_id].need for class_id, tasks in ready.items() if tasks] + list(running())
-    found = [task for task in aged if is_overtaken(classes[task.class_id].need, choice.free, others)]
+    least = smallest([classes[class_id].need for class_id, tasks in ready.items() if tasks] + list(running()))
+    found = [task for task in aged if is_overtaken(classes[task.class_id].need, choice.free, least)]
     return sorted(found, key=lambda task: (-task.priority, task.ready_at, task.id))
 
 

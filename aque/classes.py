@@ -133,7 +133,8 @@ class Classes:
             cost = seen.cost
             for source in seen.sources:
                 if (capacity := io_capacity(source, self._io_limits)) is not None:
-                    if source not in self._sources and not self._set_limit(connection, source, capacity):
+                    is_set = source in self._sources and limit_of(source) in self._capacities
+                    if not is_set and not self._set_limit(connection, source, capacity):
                         return None
                     limits.setdefault(limit_of(source), 1)
         self._limits[class_id] = limits
@@ -143,9 +144,12 @@ class Classes:
         """Let the limit of a file system be as this worker's settings say; False: not now, within a transaction."""
         if connection is None:
             return False
-        if self._store.limits.capacities(connection).get(limit_of(source)) != capacity:
+        name = limit_of(source)
+        self._capacities = self._store.limits.capacities(connection)
+        if self._capacities.get(name) != capacity:
             with transaction(connection):
-                self._store.limits.set(connection, limit_of(source), capacity)
+                self._store.limits.set(connection, name, capacity)
+            self._capacities[name] = capacity
         self._sources.add(source)
         return True
 

@@ -344,6 +344,8 @@ class Situation:
             return "no_room", f"{_free_words(lacking)}{when}", _finite(expects.at)
         if self.short_of(subject):
             return "limit", "has room, a limit is used up", None
+        if self.of_files(subject):
+            return "io_limit", "has room, if its files are not on a file system that is used up", None
         for number, task in enumerate(self._choices[worker.id].start):
             if task.id == subject.id:
                 return "starts", "has room: it is next" if number == 0 else "has room for it and those before it", now

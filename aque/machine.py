@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 
 from aque import hints, settings
-from aque.errors import BadSetting
+from aque.errors import BadReservation, BadSetting
+from aque.resources import parse_indices, parse_tags
 
 
 def user_name() -> str:
@@ -134,4 +135,11 @@ def settings_here(celery_conf: Callable[[str], Any] | None = None, **given: Any)
         values = {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadSetting(f"cannot read the configuration file {file}: {error}.") from error
-    return settings.load(os.environ, values, celery_conf, **given)
+    loaded = settings.load(os.environ, values, celery_conf, **given)
+    hints.parse_io_limits(loaded.io_limits)
+    try:
+        parse_tags(loaded.tags)
+        parse_indices(loaded.resources)
+    except BadReservation as error:
+        raise BadSetting(str(error)) from error
+    return loaded

@@ -94,10 +94,10 @@ def parse_indices(text: str) -> dict[str, tuple[int, ...]]:
     while position < len(text):
         match = _RESOURCE.match(text, position)
         numbers = match and (_numbers(match[3]) if match[2] is None else tuple(range(int(match[2]))))
-        if match is None or not numbers or match[1] in found:
+        if match is None or not numbers or match[1] in found or match[1].lower() in _NOT_RESOURCES:
             raise BadReservation(
                 f"cannot read the resources {text!r}: write names and how many there are, as in 'gpu=2,nuke=4', or their "
-                "numbers, as in 'gpu=[1,3]'; each name once."
+                "numbers, as in 'gpu=[1,3]'; each name once, and none for CPUs or memory."
             )
         found[match[1]] = numbers
         position = match.end()
@@ -115,9 +115,25 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(found) if len(set(found)) == len(found) else ()
 
 
+#: What a resource cannot be called: it is asked for otherwise.
+_NOT_RESOURCES = frozenset({"cpus", "cpu", "memory"})
+_TAG = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def parse_tags(text: str) -> tuple[str, ...]:
+    """Tags with commas between them, sorted, each once. Raises BadReservation."""
+    found = tuple(sorted({word.strip() for word in text.split(",")} - {""}))
+    if bad := [tag for tag in found if not _TAG.fullmatch(tag)]:
+        raise BadReservation(f"a tag is up to 64 letters, digits and _ . -, not {bad[0]!r:.60}.")
+    return found
+
+
 def parse_resources(value: str | Mapping[str, int]) -> dict[str, int]:
     """The resources that a task wants: name -> how many, from `gpu=1,nuke=2` or a mapping. Raises BadReservation."""
-    return _amounts(value, "resources", "gpu=1,nuke=2", re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})(?:=(\d{1,6}))?"))
+    found = _amounts(value, "resources", "gpu=1,nuke=2", re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})(?:=(\d{1,6}))?"))
+    if wrong := [name for name in found if name.lower() in _NOT_RESOURCES]:
+        raise BadReservation(f"{wrong[0]} is no resource of a site's own: reserve it with the option for it.")
+    return found
 
 
 def parse_limits(value: str | Mapping[str, int]) -> dict[str, int]:

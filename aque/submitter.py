@@ -431,8 +431,8 @@ def _requirement(
         platform=_text("platform", platform),
         user=user,
         interpreter=_text("interpreter", interpreter),
-        resources=format_amounts(parse_resources(resources if isinstance(resources, str) else dict(resources))),
-        limits=format_amounts(_limits(limits if isinstance(limits, str) else dict(limits))),
+        resources=format_amounts(parse_resources(_mapping(resources))),
+        limits=format_amounts(_limits(_mapping(limits))),
         tags=",".join(_tags(tags)),
         requires_paths=tuple(sorted(set(_absolute(requires_paths)))),
     )
@@ -451,6 +451,12 @@ def parse_requirement(given: Mapping[str, str]) -> dict[str, Any]:
         "tags": ("tags", lambda text: ",".join(_tags(text))),
     }
     return {readers[name][0]: readers[name][1](text) for name, text in given.items()}
+
+
+def _mapping(amounts: Any) -> Any:
+    """What `_hashable` was given."""
+    is_pairs = isinstance(amounts, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in amounts)
+    return dict(amounts) if is_pairs else amounts
 
 
 def _hashable(amounts: Any) -> Any:
@@ -482,15 +488,22 @@ def _beyond(wanted: Iterable[Mapping[str, int]], capacities: Mapping[str, int]) 
 
 def _tags(tags: str | Iterable[str]) -> list[str]:
     """Sorted, each once. Raises BadInput."""
+    if not isinstance(tags, (str, list, tuple, set, frozenset)):
+        raise BadInput(f"tags must be a list of texts, or one with commas, not {tags!r:.60}. Nothing was submitted.")
     words = tags.split(",") if isinstance(tags, str) else list(tags)
     found = sorted({_text("tag", word).strip() for word in words} - {""})
+    if both := [tag for tag in found if f"!{tag}" in found]:
+        raise BadInput(f"no worker has the tag {both[0]} and has it not. Nothing was submitted.")
     if bad := [tag for tag in found if not _TAG.fullmatch(tag)]:
         raise BadInput(f"a tag is letters, digits and _ . - after at most one !, not {bad[0]!r:.60}.")
     return found
 
 
 def _absolute(paths: Iterable[str | bytes]) -> list[bytes]:
-    return [os.path.abspath(path) for path in _paths("requires_paths", paths)]
+    found = _paths("requires_paths", paths)
+    if b"" in found:
+        raise BadInput("a path that is required cannot be empty. Nothing was submitted.")
+    return [os.path.abspath(path) for path in found]
 
 
 def _environment(variables: Mapping[bytes, bytes]) -> bytes:
@@ -579,7 +592,10 @@ def _duration(value: float | str) -> tuple[float, float]:
 
 
 def _limit(what: str, value: float | None) -> float | None:
-    return None if value is None else _seconds(what, value)
+    seconds = None if value is None else _seconds(what, value)
+    if seconds == 0:
+        raise BadInput(f"{what} must be more than 0 seconds. Nothing was submitted.")
+    return seconds
 
 
 def _seconds(what: str, value: float) -> float:

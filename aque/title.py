@@ -13,7 +13,8 @@ CHILD = "aque-python"
 
 def show(name: str, rest: str = "") -> None:
     """Name this process: `name` is its comm, and begins its title."""
-    setproctitle.setproctitle(f"{name}: {rest}" if rest else name)
+    title = f"{name}: {rest}" if rest else name
+    setproctitle.setproctitle(title.encode(errors="backslashreplace").decode())  # a command line may hold odd bytes
     set_comm(name)  # setproctitle has made the title's beginning the comm as well
 
 

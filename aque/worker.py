@@ -21,7 +21,7 @@ from aque.events import EventQueue
 from aque.ledger import Ledger
 from aque.processes import lease_clock
 from aque.reaper import Heartbeat
-from aque.resources import Capacity, CpuRequest, format_amounts, parse_indices, parse_memory
+from aque.resources import Capacity, CpuRequest, format_amounts, parse_indices, parse_memory, parse_tags
 from aque.runner import Attempt, Runner
 from aque.scheduler import Scheduler
 from aque.settings import Settings
@@ -74,7 +74,7 @@ class AqueWorker:
         self.ledger = Ledger(self.whole)
         self.eventer = EventQueue(worker.app, worker.hostname)
         self.heartbeat: Heartbeat | None = None
-        self.tags = tuple(sorted({tag.strip() for tag in settings.tags.split(",")} - {""}))
+        self.tags = parse_tags(settings.tags)
         place = Place(
             socket.gethostname(),
             sys.platform,

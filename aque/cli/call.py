@@ -17,6 +17,7 @@ from aque.cli.options import check_strict, read, task_options
 from aque.cli.show import complain
 from aque.cli.submit import print_id
 from aque.errors import BadInput, NotSubmittable
+from aque.resources import format_amounts, parse_limits, parse_resources
 from aque.states import State
 from aque.submitter import Submitter
 from aque.values import TaskSpec
@@ -87,6 +88,9 @@ def _wait(farm: Farm, spec: TaskSpec, local: bool) -> int:
     return exit_status(end)
 
 
+_AMOUNTS = {"resources": parse_resources, "limits": parse_limits}
+
+
 def _options_of(found: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The options with which a function was made a task, by their names on the command line, for a call with these arguments;
     none of any other function."""
@@ -109,6 +113,13 @@ def _options_of(found: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str
                 f"the task's io_paths cannot be told: {type(error).__name__}: {error}. Nothing was submitted: correct that "
                 "function, or give --no-io."
             ) from error
+    for name, option in (("resources", "resource"), ("limits", "limit")):
+        if name in given:
+            given[option] = tuple(format_amounts(_AMOUNTS[name](given.pop(name))).split(","))
+    for name, option in (("tags", "tag"), ("requires_paths", "requires")):
+        if name in given:
+            value = given.pop(name)
+            given[option] = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     if "requeue" in given:
         given["no_requeue"] = not given.pop("requeue")
     return given

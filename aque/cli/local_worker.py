@@ -45,8 +45,12 @@ class LocalWorker:
         lines = self._log.read().decode(errors="backslashreplace").split("\n")
         last = [line.strip() for line in lines if line.strip()][-3:]
         status = self._process.returncode
-        if status == 0 and not last:
-            return AqueError("the local worker has found nothing left that it can run. `aque status` says why.")
+        if status == 0:
+            return AqueError(
+                "the local worker has ended, since it can run nothing of what is left: what waits asks for more, or for other, "
+                "than this machine has, or for a limit that is used up. It stays submitted: `aque status` lists it with what "
+                "it asks for, `aque kill` withdraws it."
+            )
         return AqueError(f"the local worker ended with status {status}. Its last words: {' | '.join(last) or 'none'}")
 
     def stop(self) -> None:

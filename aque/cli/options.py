@@ -128,6 +128,9 @@ def check_strict(submitter: Submitter, chosen: Mapping[str, Any], specs: Sequenc
 
 def read(farm: Farm, chosen: Mapping[str, Any]) -> Options:
     """The values of `task_options`, by their names. Raises BadInput, or UnknownTask for a dependency that is not there."""
+    for option in ("resource", "limit", "tag", "requires"):
+        if "" in chosen[option]:  # of a variable of the shell that is not set, for one
+            raise BadInput(f"--{option} is empty: give it a value, or leave it out. Nothing was submitted.")
     dependencies: dict[int, Condition] = {}
     for option, condition in (
         ("after", Condition.OK),

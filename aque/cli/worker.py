@@ -7,7 +7,7 @@ import click
 from aque import reload, restart
 from aque.cli.farm import open_farm
 from aque.errors import BadInput
-from aque.resources import parse_indices, parse_memory
+from aque.resources import parse_indices, parse_memory, parse_tags
 
 
 @click.command(name="worker", context_settings={"allow_interspersed_args": False})
@@ -49,6 +49,7 @@ def command(celery_args: tuple[str, ...], **chosen: Any) -> int:
         parse_memory(chosen["memory"])
     resources = ",".join(chosen["resource"])
     parse_indices(resources)
+    parse_tags(",".join(chosen["tag"]))
     queues = [name.strip() for name in (chosen["queues"] or "").split(",") if name.strip()]
     if chosen["reload"]:
         reload.require()

@@ -9,7 +9,7 @@ import click
 from aque import control
 from aque.cli.farm import open_farm
 from aque.cli.show import as_json, columns, count, escape, span
-from aque.resources import format_cpus, format_memory
+from aque.resources import format_cpus, format_memory, parse_resources
 from aque.store import WorkerRow
 
 
@@ -78,7 +78,7 @@ def _list(as_lines_of_json: bool, everyone: bool) -> int:
         print("no worker is running: start one with `aque worker`.")
         return 0
     header = ["name", "state", "host", "pid", "cpus", "memory", "running", "reserved", "queues"]
-    header += ["runs as", "kept together by", "age", "seen"]
+    header += ["resources", "tags", "runs as", "kept together by", "age", "seen"]
     table = []
     now = time.time()
     for row in rows:
@@ -94,6 +94,8 @@ def _list(as_lines_of_json: bool, everyone: bool) -> int:
                 str(number),
                 f"{format_cpus(cpus)} cpus",
                 ",".join(row.info.queues),
+                row.info.resources,
+                ",".join(row.info.tags),
                 "tasks' users" if row.info.switches_user else row.info.user,
                 row.info.containment,
                 span(now - row.started_at),
@@ -136,6 +138,8 @@ def _values(row: WorkerRow, number: int, cpus: Fraction) -> dict[str, object]:
         "python_slots": row.info.python_slots,
         "running": number,
         "reserved_cpus": str(cpus),
+        "resources": parse_resources(row.info.resources),
+        "tags": row.info.tags,
         "queues": row.info.queues,
         "platform": row.info.platform,
         "version": row.info.version,

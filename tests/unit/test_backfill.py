@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aque.backfill import Busy, Forecast, Load, expected_end, forecast, is_overtaken, keeper, may_fill
+from aque.backfill import Busy, Forecast, Load, expected_end, forecast, is_overtaken, keeper, may_fill, smallest
 from aque.resources import Capacity
 
 
@@ -71,7 +71,7 @@ def test_only_a_task_of_known_length_fills_time_and_only_a_known_time() -> None:
 
 
 def test_a_task_is_overtaken_where_smaller_ones_take_what_it_lacks() -> None:
-    assert is_overtaken(cpus(8), cpus(3), [cpus(1)])
-    assert not is_overtaken(cpus(8), cpus(3), [cpus(8)])
-    assert not is_overtaken(cpus(1, gpus=1), cpus(3), [cpus(1)])  # they take CPUs, of which there are enough
-    assert is_overtaken(cpus(1, gpus=2), cpus(3, gpus=1), [cpus(1, gpus=1)])
+    assert is_overtaken(cpus(8), cpus(3), smallest([cpus(1)]))
+    assert not is_overtaken(cpus(8), cpus(3), smallest([cpus(8)]))
+    assert not is_overtaken(cpus(1, gpus=1), cpus(3), smallest([cpus(1)]))  # they take CPUs, of which there are enough
+    assert is_overtaken(cpus(1, gpus=2), cpus(3, gpus=1), smallest([cpus(1, gpus=1)]))
