@@ -97,10 +97,10 @@ def test_room_that_is_kept_for_what_a_task_needed_before_is_given_up(store: Stor
         assert store.reservations.take(connection, task, one, 30.0)
     control.change(store, PERSONAL, [task], priority=1)
     with store.connect() as connection:
-        assert store.reservations.renew(connection, task, one, 30.0)
+        assert store.reservations.kept(connection, one) is not None
     control.change(store, PERSONAL, [task], requirement={"cpus": "2"})
     with store.connect() as connection:
-        assert not store.reservations.renew(connection, task, one, 30.0)
+        assert store.reservations.kept(connection, one) is None
 
 
 def test_in_a_shared_store_one_changes_ones_own_tasks_within_the_priorities_of_users(store: Store) -> None:

@@ -31,6 +31,11 @@ env -i /bin/sleep 1000 &
 (trap "" TERM; exec sleep 1000) &
 (setsid sh -c "sleep 1000 & exit" &)
 '''
+# A fork of the shell that is not sleep yet would drop a TERM.
+STAYS = '''
+trap "echo tidied; exit" TERM; sleep 1000 &
+until read name </proc/$!/comm && [ $name = sleep ]; do :; done; echo; wait
+'''
 """
 
 
@@ -90,7 +95,7 @@ def test_a_grace_lets_processes_end_by_themselves_and_ends_early_when_they_have(
         """
         contain.enter()
         before = contain.present()
-        tidy = subprocess.Popen(["sh", "-c", "trap 'echo tidied; exit' TERM; sleep 1000 & echo; wait"], stdout=subprocess.PIPE)
+        tidy = subprocess.Popen(["sh", "-c", STAYS], stdout=subprocess.PIPE)
         tidy.stdout.readline()
         began = time.monotonic()
         for pid in contain.present():

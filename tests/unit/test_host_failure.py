@@ -4,11 +4,9 @@ import errno
 
 import pytest
 
-from aque.cli.status import refused
 from aque.commands import Ended
 from aque.runner import host_failure
 from aque.states import Reason
-from aque.store import Refusal
 from aque.values import NO_REDIRECTIONS, ClaimedTask, Pattern
 
 
@@ -55,9 +53,3 @@ def test_what_it_says_can_be_stored_as_text() -> None:
     ended = Ended("cannot_enter_cwd", "", errno=errno.EINVAL)
     failure = host_failure(task(cwd=b"/a\0b/\xff"), Reason.CANNOT_ENTER_CWD, ended)
     assert failure is not None and failure.why == r"cannot enter /a\x00b/\xff: Invalid argument"
-
-
-def test_status_names_all_hosts_that_have_refused_a_task_and_what_the_latest_said() -> None:
-    found = [Refusal(7, host, 5, Reason.CANNOT_ENTER_CWD, f"what {host} said", 0.0) for host in ("render7", "render8")]
-    assert refused(found) == "refused by render8, render7: what render8 said"
-    assert refused([]) is None
