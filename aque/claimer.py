@@ -10,7 +10,7 @@ from typing import Any
 from aque import chooser
 from aque.backfill import Hold, forecast
 from aque.backoff import NOTHING_AVOIDED
-from aque.classes import Classes
+from aque.classes import LOOK_SECONDS, Classes
 from aque.resources import Capacity
 from aque.roomkeeper import RoomKeeper, Running
 from aque.settings import Settings
@@ -77,6 +77,8 @@ class Claimer:
         requirements = self._store.requirements(connection, found)
         self._classes.forget_others(requirements)
         classes = self._classes.as_seen(connection, requirements)
+        if self._classes.is_about_to_know:
+            return Picked([], [], True, LOOK_SECONDS, True)
         ready: dict[int, list[ReadyTask]] = {}
         due: list[float] = []
         for class_id in classes:

@@ -18,6 +18,8 @@ from aque.values import Requirement
 
 logger = logging.getLogger(__name__)
 
+#: A look at files takes a millisecond or two. So long nothing starts that the class in question might go before.
+LOOK_SECONDS = 0.05
 #: Classes kept in memory; then all are looked at anew.
 CLASSES_KEPT = 4096
 #: The limits that there are, are read so often: one that is set for a user counts so much later at most.
@@ -39,8 +41,9 @@ class Classes:
         self._capacities_read_at = -LIMITS_SECONDS
         self._sources: set[str] = set()  #: whose limit is as this worker's settings want it
         self._missing: dict[int, Mapping[bytes, str]] = {}
-        #: The last look has left out a class whose files have yet to be looked at.
-        self.is_undecided = False
+        self._asked_at: dict[
+            int, float
+        ] = {}  #: classes whose files have yet to be looked at, and since when (monotonic)
 
     @property
     def place(self) -> Place:
@@ -65,6 +68,7 @@ class Classes:
     def forget_others(self, class_ids: Collection[int]) -> None:
         """Only these classes have ready tasks."""
         self._missing = {class_id: missing for class_id, missing in self._missing.items() if class_id in class_ids}
+        self._asked_at = {class_id: since for class_id, since in self._asked_at.items() if class_id in class_ids}
 
     @property
     def unfit(self) -> list[int]:
@@ -84,7 +88,6 @@ class Classes:
         that has been done, the worker looks again."""
         if len(self._needs) > CLASSES_KEPT:
             self._never, self._needs, self._limits = {}, {}, {}
-        self.is_undecided = False
         if time.monotonic() - self._capacities_read_at > LIMITS_SECONDS:
             self._capacities = self._store.limits.capacities(connection)
             self._capacities_read_at = time.monotonic()
@@ -118,8 +121,8 @@ class Classes:
         if requirement.requires_paths:
             missing = self._mounts.missing(requirement.requires_paths)
             self._missing[class_id] = missing or {}
-            self.is_undecided = self.is_undecided or missing is None
             if missing is None or missing:
+                self._is_known(class_id, missing is not None)
                 return None
         limits = parse_limits(requirement.limits) if requirement.limits else {}
         if (of_user := f"user:{requirement.user}") in self._capacities:
@@ -128,7 +131,7 @@ class Classes:
         if requirement.places:
             seen = self._mounts.seen(requirement.places)
             if seen is None:
-                self.is_undecided = True
+                self._is_known(class_id, False)
                 return None
             cost = seen.cost
             for source in seen.sources:
@@ -137,8 +140,25 @@ class Classes:
                     if not is_set and not self._set_limit(connection, source, capacity):
                         return None
                     limits.setdefault(limit_of(source), 1)
+        self._is_known(class_id, True)
         self._limits[class_id] = limits
         return chooser.Class(self._needs[class_id], requirement.user, cost, limits)
+
+    def _is_known(self, class_id: int, known: bool) -> None:
+        if not known:
+            self._asked_at.setdefault(class_id, time.monotonic())
+        elif self._asked_at:
+            self._asked_at.pop(class_id, None)
+
+    @property
+    def is_undecided(self) -> bool:
+        """True if a class is left out whose files have yet to be looked at."""
+        return bool(self._asked_at)
+
+    @property
+    def is_about_to_know(self) -> bool:
+        """True if that is a matter of milliseconds: it was asked for just now."""
+        return bool(self._asked_at) and time.monotonic() - max(self._asked_at.values()) < LOOK_SECONDS
 
     def _set_limit(self, connection: Any, source: str, capacity: int) -> bool:
         """Let the limit of a file system be as this worker's settings say; False: not now, within a transaction."""

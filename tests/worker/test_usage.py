@@ -143,7 +143,7 @@ def test_each_task_sees_the_numbers_of_its_own_pieces(own_farm: Farm, tmp_path: 
     own_farm.start_worker("-c", "2", cpus=4, resources="gpu=[1,3],licence=2")
     gate = tmp_path / "gate"
     options = {"cpus": 0.5, "resources": {"gpu": 1}}
-    first = python(SHOW, gate, **options)
+    first = python(SHOW, gate, io=False, **options)  # or what has no files goes before it
     second = tasks.gpu_then_wait.apply_async((str(tmp_path / "seen"), str(gate)), **options)
     third = python(SHOW, **options)
     other = python(SHOW, cpus=0.5, resources={"licence": 2})
