@@ -86,8 +86,8 @@ class Classes:
     def as_seen(self, connection: Any, requirements: Mapping[int, Requirement]) -> dict[int, chooser.Class]:
         """Those of these classes that this worker can run just now. One whose files it has not looked at yet is left out: when
         that has been done, the worker looks again."""
-        if len(self._needs) > CLASSES_KEPT:
-            self._never, self._needs, self._limits = {}, {}, {}
+        if len(self._never) > CLASSES_KEPT:
+            self._never, self._limits = {}, {}  # not the needs: what was claimed ahead has yet to reserve them
         if time.monotonic() - self._capacities_read_at > LIMITS_SECONDS:
             self._capacities = self._store.limits.capacities(connection)
             self._capacities_read_at = time.monotonic()
@@ -157,8 +157,9 @@ class Classes:
 
     @property
     def is_about_to_know(self) -> bool:
-        """True if that is a matter of milliseconds: it was asked for just now."""
-        return bool(self._asked_at) and time.monotonic() - max(self._asked_at.values()) < LOOK_SECONDS
+        """True if that is a matter of milliseconds: all of them were asked for just now. Where one takes longer, a stream of
+        others must not hold everything up."""
+        return bool(self._asked_at) and time.monotonic() - min(self._asked_at.values()) < LOOK_SECONDS
 
     def _set_limit(self, connection: Any, source: str, capacity: int) -> bool:
         """Let the limit of a file system be as this worker's settings say; False: not now, within a transaction."""
