@@ -257,6 +257,8 @@ class Situation:
                 held = f" (held by {_tasks(limit.holders)})" if limit.holders else ""
                 facts = {"limit": name, "needs": wanted, "free": limit.free, "capacity": limit.capacity}
                 text = f"limit {name}: needs {wanted}, {limit.free} of {limit.capacity} free{held}"
+                if wanted > limit.capacity:
+                    text = f"limit {name}: needs {wanted}, and is {limit.capacity}: until it is raised it cannot start"
                 found.append(Reason("limit", text, {**facts, "holders": list(limit.holders)}))
         return found
 
@@ -376,7 +378,10 @@ class Situation:
         if nowhere := self.nowhere(subject):
             return nowhere.text if nowhere.kind != "no_worker" else "no live worker"
         if short := self.short_of(subject):
-            return f"limit {short[0].facts['limit']}: {short[0].facts['free']} of {short[0].facts['capacity']} free"
+            facts = short[0].facts
+            if facts["needs"] > facts["capacity"]:
+                return short[0].text
+            return f"limit {facts['limit']}: {facts['free']} of {facts['capacity']} free"
         if worker := self.holder(subject.id):
             return f"{worker.name} keeps room for it"
         if refusals := self.refusals.get(subject.id):

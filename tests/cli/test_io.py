@@ -40,6 +40,17 @@ def test_call_asks_the_task_for_its_paths(aque):
     assert places(aque, aque("call", "tasks_of_mine:convert", '"/shots/a"').id) == ["/shots/a"]
     assert places(aque, aque("call", "--io", "/shots/b", "tasks_of_mine:convert", '"/shots/a"').id) == ["/shots/b"]
     assert places(aque, aque("call", "--no-io", "tasks_of_mine:convert", '"/shots/a"').id) == []
+    (aque.cwd / "tasks_with_needs.py").write_text(
+        "import aque\n@aque.task(resources={'gpu': 1}, limits='nuke=2', tags='fast', requires_paths=['/shots'], cpus=0)\n"
+        "def render():\n    pass\n"
+    )
+    refused = aque("call", "tasks_with_needs:render")
+    assert refused.status == 2 and "no limit 'nuke'" in refused.err
+    assert aque("limits", "set", "nuke", "2").status == 0
+    task_id = aque("call", "tasks_with_needs:render").id
+    shown = aque("status", str(task_id), "--csv", "resources,limits,tags,requires_paths").out
+    _, needs = csv.reader(shown.splitlines())
+    assert needs == ["gpu=1", "nuke=2", "fast", "/shots"]
     wrong = aque("call", "tasks_of_mine:convert", "{}")
     assert wrong.status == 2 and "io_paths" in wrong.err and "Nothing was submitted" in wrong.err
 

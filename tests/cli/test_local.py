@@ -69,10 +69,36 @@ def test_a_worker_to_the_end_runs_what_there_is_and_exits(aque):
     assert aque.state(elsewhere) == "ready"
 
 
+def test_a_worker_to_the_end_waits_until_it_has_looked_at_files(aque):
+    (aque.cwd / "f").write_text("x")
+    for n in range(3):
+        (aque.cwd / str(n)).mkdir()
+        aque.submit("--", "cat", "f", str(n))
+    assert aque("worker", "--to-end", "--cpus", "1").status == 0
+    assert "ready" not in aque("status", "--csv", "state").out.split()
+
+
+def test_what_the_local_worker_cannot_run_is_a_sentence(aque):
+    done = aque("submit", "--local", "--tag", "gpubox", "--", "true")
+    assert done.status == 1 and "it can run nothing of what is left" in done.err and "[queues]" not in done.err
+
+
 def test_worker_refuses_bad_options_in_a_sentence(aque):
-    for options in (["--cpus", "x"], ["--cpus", "0"], ["--memory", "x"], ["--one", "--to-end"], ["-c", "0"], ["-E"]):
+    for options in (
+        ["--cpus", "x"],
+        ["--cpus", "0"],
+        ["--memory", "x"],
+        ["--one", "--to-end"],
+        ["-c", "0"],
+        ["-E"],
+        ["--tag", "a b"],
+        ["--tag", "!a"],
+    ):
         done = aque("worker", *options)
         assert done.status == 2 and done.err.startswith("aque: ") and done.err.count("\n") == 1, options
+    for name, value in (("IO_LIMITS", "nas*:*=0"), ("TAGS", "a b"), ("RESOURCES", "cpus=2")):
+        done = aque("worker", env={f"AQUE_{name}": value})
+        assert done.status == 2 and done.err.startswith("aque: ") and done.err.count("\n") == 1, name
 
 
 def is_running(pid: int) -> bool:

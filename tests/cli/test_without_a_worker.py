@@ -500,3 +500,16 @@ def test_reload_without_its_package_is_a_sentence(aque, tmp_path):
         2,
         "aque: --reload needs the package watchfiles: install aque[reload].\n",
     )
+
+
+def test_a_wish_that_is_empty_or_contradicts_itself_is_refused(aque):
+    for words in (
+        ["--tag", ""],
+        ["--requires", ""],
+        ["--limit", ""],
+        ["--tag", "a", "--tag", "!a"],
+        ["--time-limit", "0"],
+    ):
+        done = aque("submit", *words, "--", "true")
+        assert done.status == 2 and "Nothing was submitted" in done.err, words
+    assert aque("submit", "--resource", "cpus=1", "--", "true").status == 2

@@ -270,6 +270,15 @@ def test_a_limit_is_named_with_who_holds_it() -> None:
     assert "held by tasks 20, 21, 22, 23, 24 and 4 more" in texts(many.explain(TASK))[0]
 
 
+def test_a_limit_that_was_lowered_below_what_a_task_wants_is_named_as_such() -> None:
+    at = situation(worker(), wanted=replace(COMMAND, limits="nuke=2"), limits={"nuke": Limit(1, 1)})
+    assert (
+        at.why(TASK)
+        == texts(at.explain(TASK))[0]
+        == "limit nuke: needs 2, and is 1: until it is raised it cannot start"
+    )
+
+
 def test_the_limit_of_a_user_holds_for_all_tasks_of_that_user() -> None:
     at = situation(worker(), wanted=replace(COMMAND, user="ann"), limits={"user:ann": Limit(2, 0, (5, 6))})
     assert at.why(TASK) == "limit user:ann: 0 of 2 free"
