@@ -194,7 +194,8 @@ def choose(
     blocked: list[Blocked] = []
     is_cut = False
     while queues and len(start) < limit:
-        user = min(queues, key=lambda user: queues[user][0].key_for(used[user]))
+        several = len(queues) > 1
+        user = min(queues, key=lambda user: queues[user][0].key_for(used[user])) if several else next(iter(queues))
         head = queues[user][0]
         task, kind = head.task, head.of
         if why := _why_not(kind, free, left):
@@ -210,7 +211,8 @@ def choose(
                     spare = spare - kind.need
                 start.append(task)
                 free = free - kind.need
-                used[user] += weight(kind.need.cpus)
+                if usage is not None:
+                    used[user] += weight(kind.need.cpus)
                 for name, number in kind.limits.items():
                     if name in left:
                         left[name] -= number
@@ -343,7 +345,7 @@ def ahead(
         return []
     names = {name for class_id in ready for name in classes[class_id].need.resources}
     everything = replace(_EVERYTHING, resources=dict.fromkeys(names, 1 << 40))
-    in_order = choose(ready, classes, everything, BUFFER_TASKS, tokens=tokens, usage=usage).start
+    in_order = choose(ready, classes, everything, BUFFER_TASKS - buffered, tokens=tokens, usage=usage).start
     chosen: list[ReadyTask] = []
     budget = BUFFER_SECONDS * max(places, 1)
     for task in in_order:
