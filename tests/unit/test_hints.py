@@ -160,9 +160,9 @@ def tree(*paths: bytes) -> Callable[[bytes], bytes | None]:
     return look
 
 
-CWD = b"/work"
+CWD = b"/here"
 LOOK = tree(
-    b"/shots/a/f1.exr", b"/shots/a/f2.exr", b"/shots/out", b"/work/in.txt", b"/work/sub/x", b"/usr/share/y", b"/tmp/z"
+    b"/shots/a/f1.exr", b"/shots/a/f2.exr", b"/shots/out", b"/here/in.txt", b"/here/sub/x", b"/usr/share/y", b"/tmp/z"
 )
 
 
@@ -176,12 +176,12 @@ LOOK = tree(
         ([b"//shots/a"], [b"/shots/a"]),
         ([b"--out=/shots/out"], [b"/shots/out"]),
         ([b"-o=/shots/out"], [b"/shots/out"]),
-        ([b"--in=in.txt"], [b"/work/in.txt"]),
+        ([b"--in=in.txt"], [b"/here/in.txt"]),
         ([b"-I/shots/a"], [b"/shots/a"]),
         ([b"-I../shots/a"], [b"/shots/a"]),
         ([b"-Isub"], []),
         ([b"if=/shots/a/f1.exr", b"of=/shots/out/new"], [b"/shots/a/f1.exr", b"/shots/out"]),
-        ([b"in.txt", b"sub/x", b"./in.txt"], [b"/work/in.txt", b"/work/sub/x"]),
+        ([b"in.txt", b"sub/x", b"./in.txt"], [b"/here/in.txt", b"/here/sub/x"]),
         ([b"absent.txt", b"sub/absent", b"-v", b"--", b"-", b"9"], []),
         ([b"http://host/shots/a", b"s3://bucket/in.txt", b"--url=https://h/shots"], []),
         ([b"/usr/share/y", b"/proc/self", b"/dev/null", b"/etc/passwd", b"/lib64/x", b"/bin/sh", b"/"], []),
@@ -190,9 +190,9 @@ LOOK = tree(
         ([b"/shots/a/f1.exr", b"/shots/a/f1.exr"], [b"/shots/a/f1.exr"]),
         ([b"echo /shots/a\nrm in.txt\n"], []),
         ([b""], []),
-        ([b"/work/new", b"/work/sub/new"], [b"/work/sub"]),
-        ([b"."], [b"/work"]),
-        ([b"/work"], [b"/work"]),
+        ([b"/here/new", b"/here/sub/new"], [b"/here/sub"]),
+        ([b"."], [b"/here"]),
+        ([b"/here"], [b"/here"]),
         ([b"\xff/\xfe", b"/shots/a/\xff"], [b"/shots/a"]),
     ],
 )
@@ -204,13 +204,13 @@ def test_the_paths_of_a_command_are_the_prefixes_of_its_words_that_exist(
 
 def test_where_looks_tell_nothing_absolute_words_and_relative_ones_with_a_slash_are_taken_as_they_are() -> None:
     words = [b"tool", b"/shots/a/../x", b"sub/y", b"name", b"-v", b"/usr/bin/x"]
-    assert paths_in(words, CWD, lambda path: None) == (b"/shots/x", b"/work/sub/y")
+    assert paths_in(words, CWD, lambda path: None) == (b"/shots/x", b"/here/sub/y")
 
 
 def test_no_look_is_taken_at_words_that_are_no_paths_or_of_the_system() -> None:
     asked: list[bytes] = []
     paths_in([b"tool", b"-v", b"/usr/x", b"http://x/y", b"a", b"a"], CWD, lambda path: asked.append(path) or path)
-    assert asked == [b"/work/a"]
+    assert asked == [b"/here/a"]
 
 
 def test_a_command_with_very_many_paths_keeps_64_of_them() -> None:
