@@ -54,7 +54,7 @@ def test_commands_show_what_they_have_used(farm: Farm, tmp_path: Path) -> None:
     rows = [farm.wait_for_state(task, "success", "error") for task in (burn, hold, write)]
     assert [row["state"] for row in rows] == ["success"] * 3
     burnt, held, written = rows
-    assert 1.0 <= burnt["cpu_seconds"] < 1.5
+    assert 1.0 <= burnt["cpu_seconds"] < 5
     assert 200 * MIB <= held["max_rss_bytes"] < 300 * MIB
     assert 50 * MIB <= written["written_bytes"] < 60 * MIB
     assert max(burnt["max_rss_bytes"], written["max_rss_bytes"]) < 120 * MIB
@@ -67,11 +67,11 @@ def test_so_do_functions_in_the_pool_each_its_own(farm: Farm, tmp_path: Path) ->
     used = [tasks.use.delay(0, 0, 0), tasks.use.delay(1, 200, 50, str(tmp_path / "file")), tasks.use.delay(0, 0, 0)]
     rows = [farm.wait_for_state(task, "success", "error") for task in used]
     assert [row["state"] for row in rows] == ["success"] * 3
-    assert 1.0 <= rows[1]["cpu_seconds"] < 1.5
+    assert 1.0 <= rows[1]["cpu_seconds"] < 5
     assert 200 * MIB <= rows[1]["max_rss_bytes"] < 400 * MIB
     assert 50 * MIB <= rows[1]["written_bytes"] < 60 * MIB
     for row in (rows[0], rows[2]):
-        assert row["cpu_seconds"] < 0.5
+        assert row["cpu_seconds"] < 1
         assert 5 * MIB < row["max_rss_bytes"] < 200 * MIB
         assert row["written_bytes"] < 5 * MIB
 
@@ -91,7 +91,7 @@ def test_a_function_under_another_interpreter_shows_it_as_a_command_does(farm: F
     task = tasks.use.apply_async((1, 200, 0), interpreter=sys.executable)
     row = farm.wait_for_state(task, "success", "error")
     assert row["state"] == "success"
-    assert 1.0 <= row["cpu_seconds"] < 3
+    assert 1.0 <= row["cpu_seconds"] < 5
     assert 200 * MIB <= row["max_rss_bytes"] < 400 * MIB
 
 
