@@ -11,9 +11,11 @@ from aque.values import Condition, Dependency
 
 def is_satisfied(condition: Condition, state: State) -> bool:
     """True if an upstream task in this state lets the dependent start. Of a complete upstream task exactly one of
-    `ok` and `failed` is satisfied; skipped and cancelled count as failed."""
+    `ok` and `failed` is satisfied; skipped and cancelled count as failed, and not as `error`."""
     if state not in COMPLETE_STATES:
         return False
+    if condition is Condition.ERROR:
+        return state is State.ERROR
     return condition is Condition.ANY or (condition is Condition.OK) == (state is State.SUCCESS)
 
 

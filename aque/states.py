@@ -33,10 +33,12 @@ class Event(StrEnum):
     LOSE = "lose"  #: its worker died
     REPEAT = "repeat"  #: the attempt failed, another is allowed
     PART = "part"  #: its process is done, children are open
+    POSTPONE = "postpone"  #: the attempt asks for another one later, or leaves its place to a graph
     SUCCEED = "succeed"
     FAIL = "fail"
     KILL = "kill"
     CANCEL = "cancel"
+    WITHDRAW = "withdraw"  #: the task itself says that nothing is to come of it
     SKIP = "skip"
     RETRY = "retry"  #: a person wants a finished task to run again
 
@@ -58,6 +60,10 @@ class Reason(StrEnum):
     CANNOT_IMPORT = "cannot_import"
     NOT_STORABLE = "not_storable"  #: the result cannot be written as JSON, or is too large
     INPUTS_TOO_LARGE = "inputs_too_large"
+    EXPIRED = "expired"  #: it was not started in time
+    IGNORED = "ignored"  #: the task raised Celery's Ignore
+    REJECTED = "rejected"  #: the task raised Celery's Reject
+    CHILD = "child"  #: its own process succeeded, a task that it has submitted did not
     REQUEST = "request"  #: a person asked for it
 
 
@@ -78,6 +84,7 @@ MOVES: dict[tuple[State, Event], State] = {
     (S.CLAIMED, E.LOSE): S.READY,
     (S.RUNNING, E.LOSE): S.READY,
     (S.RUNNING, E.REPEAT): S.READY,
+    (S.RUNNING, E.POSTPONE): S.PENDING,
     (S.RUNNING, E.PART): S.WAITING,
     (S.WAITING, E.SUCCEED): S.SUCCESS,
     (S.WAITING, E.FAIL): S.ERROR,
@@ -92,6 +99,7 @@ MOVES: dict[tuple[State, Event], State] = {
     (S.HELD, E.CANCEL): S.CANCELLED,
     (S.READY, E.CANCEL): S.CANCELLED,
     (S.CLAIMED, E.CANCEL): S.CANCELLED,
+    (S.RUNNING, E.WITHDRAW): S.CANCELLED,
     (S.CREATING, E.SKIP): S.SKIPPED,
     (S.PENDING, E.SKIP): S.SKIPPED,
     (S.HELD, E.SKIP): S.SKIPPED,

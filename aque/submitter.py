@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memor
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, READY_STATES, State
 from aque.store import Store, again
-from aque.values import NO_REDIRECTIONS, Dependency, Pattern, Redirections, Requirement, TaskSpec
+from aque.values import NO_REDIRECTIONS, Children, Dependency, Pattern, Redirections, Requirement, TaskSpec
 
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
 _OWN_VARIABLES = (
@@ -67,6 +68,10 @@ class Options:
     io: bool = True  #: False: without io_paths
     time_limit: float | None = None  #: seconds, then it is killed
     soft_time_limit: float | None = None  #: seconds, then it is asked to end
+    countdown: float | None = None  #: seconds; not started before
+    eta: datetime | None = None  #: in its place; one without a time zone is in UTC
+    expires: float | datetime | None = None  #: seconds, or a time: not started by then, it is cancelled
+    children: str = "wait"  #: see `values.Children`
     max_attempts: int = 1
     requeue: bool = True  #: False: if its worker dies, it is not run again
     strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
@@ -78,6 +83,8 @@ class Options:
     parent_id: int | None = None
     seq: int = 0
     celery_id: str | None = None
+    #: see `values.TaskSpec.extra`
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Expectations:
@@ -372,6 +379,10 @@ class Submitter:
             strict_lease=bool(options.strict_lease),
             submitter=self._user,
             celery_id=options.celery_id,
+            not_before=_not_before(options.countdown, options.eta),
+            expires_at=_moment("expires", options.expires),
+            children=_children(options.children),
+            extra=options.extra,
             **fields,
         )
 
@@ -589,6 +600,28 @@ def _integer(what: str, value: int, low: int, high: int) -> int:
 def _duration(value: float | str) -> tuple[float, float]:
     """Seconds, and how many times the average; one of them is 0."""
     return (0.0, durations.multiple(value)) if isinstance(value, str) else (_seconds("duration", value), 0.0)
+
+
+def _not_before(countdown: float | None, eta: datetime | None) -> float | None:
+    if countdown is not None and eta is not None:
+        raise BadInput("a task has a countdown or an eta, not both. Nothing was submitted.")
+    if countdown is not None and countdown <= 0:
+        return None
+    return _moment("eta", eta) if countdown is None else _moment("countdown", countdown)
+
+
+def _moment(what: str, value: float | datetime | None) -> float | None:
+    """Seconds since 1970 of a time, or of so many seconds from now."""
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return None if value is None else time.time() + _seconds(what, value)
+
+
+def _children(policy: str) -> Children:
+    try:
+        return Children(policy)
+    except ValueError:
+        raise BadInput(f"children must be wait, detach or cancel, not {policy!r:.60}. Nothing was submitted.") from None
 
 
 def _limit(what: str, value: float | None) -> float | None:

@@ -22,6 +22,15 @@ class Condition(StrEnum):
     OK = "ok"  #: succeeded
     ANY = "any"  #: completed, however
     FAILED = "failed"  #: completed in any other state than success
+    ERROR = "error"  #: ended in error itself: neither killed, withdrawn nor skipped
+
+
+class Children(StrEnum):
+    """What becomes of a task's children, which it submits while it runs, when its own process has ended."""
+
+    WAIT = "wait"  #: the task is `waiting` until they have ended, and succeeds if they all do
+    DETACH = "detach"  #: they are nothing to it
+    CANCEL = "cancel"  #: they are killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,10 @@ class TaskSpec:
     age_rank: int = 0  #: added to the priority: what its age is worth, see setting priority_per_hour
     duration: float = 0.0  #: expected seconds; 0: what past runs say
     relative_duration: float = 0.0  #: in its place: so many times the average of its priority
-    function: str = ""  #: PYTHON: "module:qualname"
+    not_before: float | None = None  #: it stays pending until then (seconds since 1970)
+    expires_at: float | None = None  #: not started by then (seconds since 1970), it is cancelled
+    children: Children = Children.WAIT
+    function: str = ""  #: PYTHON: "module:qualname", or "@name" of a task that the worker's Celery app has registered
     arguments: bytes = b""  #: PYTHON: JSON of [args, kwargs]
     inputs: tuple[int, ...] = ()  #: PYTHON: tasks whose results the arguments name
     argv: tuple[bytes, ...] = ()  #: SHELL
@@ -101,6 +113,7 @@ class TaskSpec:
     strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
     submitter: str = ""
     celery_id: str | None = None
+    #: what has no column: "headers", "stamps" and "stamped_headers" as Celery's messages have them, "ignore_result"
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -159,6 +172,8 @@ class ClaimedTask:
     dependents: int
     #: results of `inputs`, as stored
     results: Mapping[int, bytes] = field(default_factory=dict)
+    failed: int = 0  #: attempts that ended in error or asked to be repeated: Celery's `retries`
+    extra: Mapping[str, Any] = field(default_factory=dict)  #: see TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +197,26 @@ class HostFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class Again:
+    """An attempt asks for another one, however many there were: Celery's `self.retry`."""
+
+    after_seconds: float = 0.0
+    arguments: bytes | None = None  #: with these from now on; None: with the same
+    counts: bool = True  #: as a failed attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What takes a task's place, in its row and under its id: Celery's `self.replace`."""
+
+    name: str
+    function: str
+    arguments: bytes
+    inputs: tuple[int, ...]
+    dependencies: tuple[Dependency, ...]  #: in the table already
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How an attempt ended. `value` and `error` are encoded JSON, already within the result limit."""
 
@@ -199,6 +234,8 @@ class Outcome:
     ended: float | None = None  #: when, on this process's monotonic clock; None: now
     usage: Usage | None = None  #: None: not measured
     host_failure: HostFailure | None = None  #: the end is the host's, not the task's
+    again: Again | None = None  #: state ERROR: it is to be repeated
+    replacement: Replacement | None = None  #: state PENDING: its row gets another task to run
 
 
 @dataclass(frozen=True, slots=True)

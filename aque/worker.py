@@ -17,9 +17,9 @@ from aque.chooser import Place
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
-from aque.events import EventQueue
 from aque.ledger import Ledger
 from aque.processes import lease_clock
+from aque.publisher import EventQueue
 from aque.reaper import Heartbeat
 from aque.resources import Capacity, CpuRequest, format_amounts, parse_indices, parse_memory, parse_tags
 from aque.runner import Attempt, Runner

@@ -372,6 +372,8 @@ class Store:
             spec.priority,
             spec.priority + spec.age_rank,
             duration,
+            spec.not_before,
+            spec.expires_at,
             spec.io_bytes,
             start.unmet,
             dependents,
@@ -387,6 +389,10 @@ class Store:
             spec.id if spec.job_id is None else spec.job_id,
             spec.layer or spec.name,
             spec.parent_id,
+            str(spec.children),
+            0,
+            0,
+            False,
             spec.seq,
             spec.submitter,
             spec.celery_id,
@@ -644,7 +650,11 @@ class Store:
         result = Released()
         wave = {row.id: (State(row.state), row.dependents) for row in moved}
         while wave := {i: (state, n) for i, (state, n) in wave.items() if n and state in COMPLETE_STATES}:
-            ended = {"ids": sorted(wave), "succeeded": [i for i, (state, _) in wave.items() if state is State.SUCCESS]}
+            ended = {
+                "ids": sorted(wave),
+                "succeeded": [i for i, (state, _) in wave.items() if state is State.SUCCESS],
+                "in_error": [i for i, (state, _) in wave.items() if state is State.ERROR],
+            }
             counted = self._count_down(connection, ended)
             if sum(n for _, n in counted) < sum(n for _, n in wave.values()):
                 doomed = connection.execute(sql.doomed(self.dialect), ended).scalars().all()
@@ -666,8 +676,8 @@ class Store:
         return result
 
     def _count_down(self, connection: sa.Connection, ended: dict[str, list[int]]) -> list[tuple[Any, int]]:
-        """Satisfy what these completions (`ids`, `succeeded`) satisfy: each dependent as it now is, and how many edges of it
-        that were."""
+        """Satisfy what these completions (`ids`, `succeeded`, `in_error`) satisfy: each dependent as it now is, and how many of
+        its edges that were."""
         released = {"released_at": self._wall(connection, time.monotonic()), "released_on": self.worker_host}
         if self.dialect == "postgresql":
             return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), ended | released)]
@@ -803,7 +813,7 @@ class Store:
             groups |= look
         others = {downstream for _, downstream in needs} - reached - groups
         if others and ending:
-            ended: dict[str, list[int]] = {"ids": ending, "succeeded": []}
+            ended: dict[str, list[int]] = {"ids": ending, "succeeded": [], "in_error": []}
             others -= set(connection.execute(sql.doomed(self.dialect), ended).scalars())
         if not others:
             return set()
@@ -1054,9 +1064,10 @@ class Store:
 
 
 _TASK_COLUMNS = (
-    "id", "state", "requirement_id", "priority", "rank", "duration", "io_bytes", "unmet", "dependents", "attempt", "failed",
-    "lost", "tokens", "max_attempts", "requeue", "truncated", "name", "pattern", "job_id", "layer", "parent_id", "seq",
-    "submitter", "celery_id", "reason", "submitted_at", "ready_at", "finished_at",
+    "id", "state", "requirement_id", "priority", "rank", "duration", "not_before", "expires_at", "io_bytes", "unmet",
+    "dependents", "attempt", "failed", "lost", "tokens", "max_attempts", "requeue", "truncated", "name", "pattern", "job_id",
+    "layer", "parent_id", "children", "children_left", "children_failed", "blocked", "seq", "submitter", "celery_id", "reason",
+    "submitted_at", "ready_at", "finished_at",
 )  # fmt: skip
 _PAYLOAD_COLUMNS = (
     "task_id", "function", "arguments", "inputs", "argv", "stdin", "stdin_path", "stdout_path", "stderr_path", "login",
@@ -1155,6 +1166,8 @@ def _claimed(row: Any, token: int) -> ClaimedTask:
         duration=row.duration,
         io_bytes=row.io_bytes,
         dependents=row.dependents,
+        failed=row.failed,
+        extra=json.loads(row.extra) if row.extra else {},
     )
 
 

@@ -65,8 +65,12 @@ task = sa.Table(
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("rank", sa.BigInteger, nullable=False, comment="the priority by which it is chosen: with what age adds"),
     sa.Column("duration", sa.Double, nullable=False, comment="expected seconds; 0: unknown"),
+    sa.Column(
+        "not_before", sa.Double, comment="counts as one of unmet until then; null: nothing to wait for (any more)"
+    ),
+    sa.Column("expires_at", sa.Double, comment="not started by then, it is cancelled"),
     sa.Column("io_bytes", sa.BigInteger, nullable=False, comment="size of its io_paths; 0: unknown"),
-    sa.Column("unmet", sa.Integer, nullable=False, comment="dependencies left"),
+    sa.Column("unmet", sa.Integer, nullable=False, comment="dependencies left, and 1 for not_before"),
     sa.Column("dependents", sa.Integer, nullable=False, comment="edges out of it; 0: its end concerns nobody"),
     sa.Column("attempt", sa.Integer, nullable=False, comment="0 before the first"),
     sa.Column("failed", sa.Integer, nullable=False, comment="attempts that ended in error"),
@@ -83,6 +87,10 @@ task = sa.Table(
     sa.Column("job_id", Id, nullable=False),
     sa.Column("layer", sa.Text, nullable=False),
     sa.Column("parent_id", Id),
+    sa.Column("children", sa.Text, nullable=False, comment="wait, detach or cancel: what its end means for them"),
+    sa.Column("children_left", sa.Integer, nullable=False, comment="children that have not ended; none if detached"),
+    sa.Column("children_failed", sa.Integer, nullable=False, comment="children that ended otherwise than well"),
+    sa.Column("blocked", sa.Boolean, nullable=False, comment="it waits inside for other tasks; its CPUs are free"),
     sa.Column("seq", sa.Integer, nullable=False, comment="position within the job"),
     sa.Column("submitter", sa.Text, nullable=False),
     sa.Column("progress", sa.Double, comment="0 to 1, as the task reports it"),
@@ -115,6 +123,10 @@ sa.Index("ix_aque_task_active", task.c.worker_id, postgresql_where=_active, sqli
 sa.Index("ix_aque_task_job", task.c.job_id, postgresql_where=_member, sqlite_where=_member)
 _child = task.c.parent_id.is_not(None)
 sa.Index("ix_aque_task_parent", task.c.parent_id, postgresql_where=_child, sqlite_where=_child)
+_timed = task.c.not_before.is_not(None)
+sa.Index("ix_aque_task_not_before", task.c.not_before, postgresql_where=_timed, sqlite_where=_timed)
+_expiring = sa.and_(task.c.expires_at.is_not(None), task.c.finished_at.is_(None))
+sa.Index("ix_aque_task_expires", task.c.expires_at, postgresql_where=_expiring, sqlite_where=_expiring)
 _named = task.c.celery_id.is_not(None)
 sa.Index("ix_aque_task_celery_id", task.c.celery_id, unique=True, postgresql_where=_named, sqlite_where=_named)
 
@@ -157,7 +169,7 @@ edge = sa.Table(
     metadata,
     sa.Column("upstream", Id, primary_key=True, autoincrement=False),
     sa.Column("downstream", Id, primary_key=True, autoincrement=False),
-    sa.Column("condition", sa.Text, nullable=False, comment="ok, any or failed"),
+    sa.Column("condition", sa.Text, nullable=False, comment="ok, any, failed or error"),
     sa.Column("satisfied", sa.Boolean, nullable=False),
     postgresql_with={"fillfactor": 85},
 )
@@ -169,6 +181,16 @@ result = sa.Table(
     sa.Column("task_id", Id, primary_key=True, autoincrement=False),
     sa.Column("value", sa.LargeBinary, comment="JSON; no row at all: null"),
     sa.Column("error", sa.LargeBinary, comment="JSON object: type, message, traceback"),
+)
+
+progress = sa.Table(
+    "aque_progress",
+    metadata,
+    sa.Column("task_id", Id, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, comment="a name of the task's own, as Celery's update_state has it"),
+    sa.Column("meta", sa.LargeBinary, nullable=False, comment="JSON"),
+    comment="what tasks have last told of themselves",
 )
 
 attempt = sa.Table(

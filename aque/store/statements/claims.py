@@ -121,6 +121,7 @@ _CLAIMED = (
     task.c.duration,
     task.c.io_bytes,
     task.c.dependents,
+    task.c.failed,
 )
 _PAYLOAD = (
     payload.c.function,
@@ -138,6 +139,7 @@ _PAYLOAD = (
     payload.c.time_limit_seconds,
     payload.c.soft_time_limit_seconds,
     payload.c.strict_lease,
+    payload.c.extra,
     requirement.c.queue,
     requirement.c.user,
     requirement.c.interpreter,

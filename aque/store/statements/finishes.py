@@ -147,12 +147,19 @@ def keep_attempts(dialect: str) -> Statement:
 
 
 def _matches(dialect: str) -> sa.ColumnElement[bool]:
-    """True for an edge that the completion of its upstream task satisfies: `succeeded` says which of them did.
+    """True for an edge that the completion of its upstream task satisfies: `succeeded` and `in_error`
+    say which of them did.
 
     Arrays, not a set of rows: joined to one, PostgreSQL read the whole table of edges for each task that finished.
     """
     succeeded = one_of(dialect, edge.c.upstream, "succeeded")
-    return sa.or_(edge.c.condition == Condition.ANY, (edge.c.condition == Condition.OK) == succeeded)
+    in_error = one_of(dialect, edge.c.upstream, "in_error")
+    return sa.case(
+        (edge.c.condition == Condition.OK, succeeded),
+        (edge.c.condition == Condition.FAILED, sa.not_(succeeded)),
+        (edge.c.condition == Condition.ERROR, in_error),
+        else_=sa.true(),
+    )
 
 
 def _satisfy(dialect: str) -> Any:
@@ -212,12 +219,16 @@ def count_down() -> Statement:
 
 @cache
 def doomed(dialect: str) -> Statement:
-    """Every task that the completions of `ids` (`succeeded`: those that did) make impossible, at once and however far down
-    the graph: a dependent whose condition cannot be met any more, and all that need the success of such a one."""
+    """Every task that the completions of `ids` (`succeeded`, `in_error`: see `_matches`) make impossible, at once and however
+    far down the graph: a dependent whose condition cannot be met any more, and all that need such a one to have run."""
     first = sa.select(edge.c.downstream.label("id")).where(
         one_of(dialect, edge.c.upstream, "ids"), sa.not_(edge.c.satisfied), sa.not_(_matches(dialect))
     )
-    found = closure(dialect, first, [(edge.c.upstream, edge.c.downstream, edge.c.condition == Condition.OK)])
+    found = closure(
+        dialect,
+        first,
+        [(edge.c.upstream, edge.c.downstream, edge.c.condition.in_([Condition.OK.value, Condition.ERROR.value]))],
+    )
     return sa.select(found.c.id)
 
 

@@ -25,6 +25,7 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
             edge.c.condition == Condition.ANY,
             sa.and_(edge.c.condition == Condition.OK, upstream.c.state == State.SUCCESS),
             sa.and_(edge.c.condition == Condition.FAILED, upstream.c.state != State.SUCCESS),
+            sa.and_(edge.c.condition == Condition.ERROR, upstream.c.state == State.ERROR),
         ),
     )
     open_edges = (

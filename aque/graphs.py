@@ -1,0 +1,75 @@
+"""A graph that is open: tasks that are submitted together, in one transaction."""
+
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+from celery import Celery
+
+from aque.errors import BadInput
+from aque.handles import Handle, backend_of, condition_of, id_of, submitter_of
+from aque.submitter import Options, Submitter
+from aque.values import Condition, Dependency, TaskSpec
+
+
+class Graph:
+    """Tasks that are submitted together, in one transaction; made by `aque.graph()`.
+
+    It is a job: a row of its own, whose id every verb takes, and that is complete when all its tasks are.
+    """
+
+    def __init__(self, app: Celery, name: str) -> None:
+        self._app = app
+        self._name = name
+        self._submitter = submitter_of(app)
+        self._specs: dict[int, TaskSpec] = {}
+        self._ids: list[int] = []
+        self._block = 16
+        self.id = self.new_id()
+
+    def new_id(self) -> int:
+        """An id for the next task; reserved in blocks, so that a large graph asks the store rarely."""
+        if not self._ids:
+            self._ids = self._submitter.reserve(self._block)[::-1]
+            self._block = min(self._block * 4, 4096)
+        return self._ids.pop()
+
+    def add(self, spec: TaskSpec) -> None:
+        """Add a task to the job."""
+        self._specs[spec.id] = spec
+
+    def place(self) -> dict[str, Any]:
+        """The next task's place in the job."""
+        return {"job_id": self.id, "seq": len(self._specs)}
+
+    def depend(self, task: Handle | int, *, on: Handle | int, condition: str = "ok") -> None:
+        """Let a task of this graph wait for another, in or outside of it. `condition`: "ok", "any" or "failed"."""
+        task_id = id_of(task)
+        if task_id not in self._specs:
+            raise BadInput(f"task {task_id} is not part of this graph, so it cannot get a dependency any more.")
+        spec = self._specs[task_id]
+        edges = dict.fromkeys((*spec.dependencies, Dependency(id_of(on), condition_of(condition))))
+        self._specs[task_id] = replace(spec, dependencies=tuple(edges))
+
+    @property
+    def handle(self) -> Handle:
+        """The job as a task: `.get()` waits for all of it."""
+        return Handle(str(self.id), app=self._app, backend=backend_of(self._app))
+
+    def submit(self) -> None:
+        """Write everything; `aque.graph()` calls it at the end of its block."""
+        members = tuple(Dependency(task_id, Condition.ANY) for task_id in self._specs)
+        options = Options(name=self._name, dependencies=members, job_id=self.id)
+        self._submitter.submit([*self._specs.values(), self._submitter.group(self.id, options)])
+
+
+open_graph: ContextVar[Graph | None] = ContextVar("open_graph", default=None)
+
+
+def submit_or_add(submitter: Submitter, job: Graph | None, spec: TaskSpec, strict: bool) -> None:
+    if strict:
+        submitter.check_possible([spec])
+    if job is not None:
+        job.add(spec)
+    else:
+        submitter.submit([spec])
