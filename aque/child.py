@@ -15,10 +15,12 @@ from typing import Any
 
 from celery import Celery, Task, current_app
 from celery.app.trace import build_tracer
+from celery.exceptions import Ignore, NotRegistered
 from celery.local import Proxy
 
 from aque import codec, contain
 from aque.states import Reason
+from aque.values import Replacement
 
 #: (True, encoded result or None, its repr for events, seconds), or (False, reason, encoded error, seconds).
 Answer = tuple[bool, Any, Any, float]
@@ -33,10 +35,20 @@ class CannotImport(Exception):
     """The function cannot be loaded by its name in this process."""
 
 
+class Replaced(Ignore):  # type: ignore[misc]
+    """A task leaves its place to another one; `replacement` says to which."""
+
+    def __init__(self, replacement: Replacement) -> None:
+        super().__init__("Replaced by new task")
+        self.replacement = replacement
+
+
 def load(function: str, app: Celery) -> Task:
     """The Celery task behind "module:qualname"; a plain function becomes one. Raises CannotImport."""
     if (found := _loaded.get(function)) is not None:
         return found
+    if function.startswith("@"):
+        return _registered(function, app)
     module_name, _, qualname = function.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
@@ -54,6 +66,17 @@ def load(function: str, app: Celery) -> Task:
         target.__trace__ = build_tracer(target.name, target, app.loader, app=app)
     _loaded[function] = target
     return target
+
+
+def _registered(function: str, app: Celery) -> Task:
+    try:
+        task: Task = app.tasks[function[1:]]
+    except NotRegistered:
+        raise CannotImport(f"no task is registered as {function[1:]} in the worker's app {app.main}") from None
+    if task.__trace__ is None:
+        task.__trace__ = build_tracer(task.name, task, app.loader, app=app)
+    _loaded[function] = task
+    return task
 
 
 def _plain(target: Callable[..., Any]) -> Callable[..., Any]:
