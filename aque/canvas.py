@@ -561,7 +561,8 @@ def replacement(task: CeleryTask, sig: Any) -> Replacement:
         builder.place(sig, None, {**more, "task_id": request.id})
     spec = builder.spec(builder.nodes.pop(row))
     builder.submit()
-    return Replacement(spec.name, spec.function, spec.arguments, spec.inputs, spec.dependencies)
+    class_id = builder.submitter.class_of(spec)
+    return Replacement(spec.name, spec.function, spec.arguments, spec.inputs, spec.dependencies, class_id)
 
 
 def add_to_group(task: CeleryTask, sig: Any) -> Any:

@@ -204,6 +204,11 @@ class Submitter:
                 doorbell.ring(connection, rung)
         return states
 
+    def class_of(self, spec: TaskSpec) -> int:
+        """The requirement class of this task."""
+        with self.store.connect() as connection:
+            return self.store.requirement_ids(connection, [spec.requirement])[spec.requirement]
+
     def check_possible(self, specs: Iterable[TaskSpec]) -> None:
         """Raise BadInput if no live worker could ever run one of these tasks."""
         wanted = {spec.requirement for spec in specs if spec.requirement.pattern is not Pattern.GROUP}
