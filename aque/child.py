@@ -3,6 +3,7 @@
 Only plain bytes and texts go back to the worker: it never unpickles or imports what a task made.
 """
 
+import difflib
 import importlib
 import os
 import resource
@@ -34,9 +35,12 @@ class CannotImport(Exception):
 
 
 def load(function: str, app: Celery) -> Task:
-    """The Celery task behind "module:qualname"; a plain function becomes one. Raises CannotImport."""
+    """The Celery task behind "module:qualname", where a plain function becomes one, or "@name", which is registered under
+    this name in the worker's app. Raises CannotImport."""
     if (found := _loaded.get(function)) is not None:
         return found
+    if function.startswith("@"):
+        return _loaded.setdefault(function, _registered(function[1:], app))
     module_name, _, qualname = function.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
@@ -54,6 +58,19 @@ def load(function: str, app: Celery) -> Task:
         target.__trace__ = build_tracer(target.name, target, app.loader, app=app)
     _loaded[function] = target
     return target
+
+
+def _registered(name: str, app: Celery) -> Task:
+    if name not in app.tasks:
+        app.loader.import_default_modules()
+    if name not in app.tasks:
+        near = difflib.get_close_matches(name, app.tasks.keys(), 3, 0.5)
+        hint = f"it knows {', '.join(near)}" if near else f"it knows {len(app.tasks)} tasks, none of a similar name"
+        raise CannotImport(f"no task {name!r} is registered in this worker's app {app.main or app!r}: {hint}")
+    task: Task = app.tasks[name]
+    if task.__trace__ is None:
+        task.__trace__ = build_tracer(task.name, task, app.loader, app=app)
+    return task
 
 
 def _plain(target: Callable[..., Any]) -> Callable[..., Any]:
