@@ -9,6 +9,7 @@ from celery import Celery
 from celery import Task as CeleryTask
 from celery.app.routes import Router
 from celery.exceptions import QueueNotFound
+from celery.local import Proxy
 from celery.utils.time import maybe_iso8601
 from kombu.entity import Exchange, Queue
 
@@ -191,6 +192,8 @@ def own_options(task: Any) -> dict[str, Any]:
     """Aque's options that a task has of its own."""
     if task is None:
         return {}
+    if isinstance(task, Proxy):
+        task = task._get_current_object()
     if getattr(task, "is_aque", False):
         found = {option: getattr(task, option, None) for option in TASK_OPTIONS}
     else:

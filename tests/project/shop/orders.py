@@ -52,7 +52,7 @@ def pay_by_hand(self, order):
     try:
         call_bank(order)
     except GatewayDown as error:
-        raise self.retry(exc=error, countdown=0.1)
+        raise self.retry(exc=error, countdown=0.1) from error
     return self.request.retries
 
 

@@ -1,13 +1,12 @@
 """What becomes of parcels and reports."""
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from conftest import LIMIT, wait_until
 from shop import celery_app
 from shop.database import data, journal
 from shop.reports import average, close_books, order_another, queue_of_reports, slow_report, week
 from shop.shipping import drive_carefully, drive_for_ever, load_truck, pack, print_label, ship
-
-from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 
 
 def test_parcels_are_packed_one_by_one_and_sent_together():
