@@ -10,39 +10,15 @@ from celery import Task as CeleryTask
 from celery.local import Proxy
 
 from aque import codec
+from aque.celery_options import options_of
 from aque.errors import BadInput, NotSubmittable
-from aque.handles import DEPENDENCY_OPTIONS, TASK_OPTIONS, edges_of, known_options
+from aque.handles import DEPENDENCY_OPTIONS, edges_of
 from aque.submitter import Options, Submitter
-from aque.values import Condition, Dependency, TaskSpec
-
-#: Options of Celery's calls that mean nothing for a row: there is no message to send, to route or to send again, and a row
-#: has its place in the graph already.
-WITHOUT_EFFECT = frozenset(
-    {
-        "add_to_parent", "chain", "chord", "compression", "confirm_timeout", "connection", "content_encoding", "content_type",
-        "correlation_id", "delivery_mode", "exchange", "exchange_type", "group_id", "group_index", "immediate", "interval",
-        "mandatory", "max_retries", "parent_id", "producer", "publisher", "replaced_task_nesting", "reply_to", "result_cls",
-        "retry", "retry_policy", "root_id", "route_name", "router", "routing_key", "serializer",
-    }
-)  # fmt: skip
-
-
-def is_ours(task: Any) -> bool:
-    """True for a task that goes through the table: an `aque.Task`, or any task of an app that `take_all` has been told of."""
-    return bool(getattr(task, "goes_through_table", False)) or takes_all(getattr(task, "app", None))
-
-
-def takes_all(app: Any) -> bool:
-    """True if all tasks of this app go through the table."""
-    return bool(getattr(app, "aque_takes_all", False))
-
-
-def take_all(app: Celery) -> None:
-    """From now on all tasks of this app go through the table, also those that it knows by name only."""
-    app.aque_takes_all = True
+from aque.values import Children, Condition, Dependency, TaskSpec
 
 
 def spec_of_call(
+    app: Celery,
     submitter: Submitter,
     task_id: int,
     name: str,
@@ -54,9 +30,10 @@ def spec_of_call(
     after: Mapping[int, Condition] | None = None,
     celery_id: str | None = None,
     place: Mapping[str, Any] | None = None,
+    errbacks: Sequence[Mapping[str, Any]] = (),
 ) -> TaskSpec:
     """A call of the task with this name, None: not known in this process, as a row. `after`: edges; `place`: fields of
-    `submitter.Options` that say where in a job it is.
+    `submitter.Options` that say where in a job it is; `errbacks`: what `self.replace` has to know of.
 
     Raises NotSubmittable for what no worker could load, BadInput for an option that cannot work, TypeError for arguments that
     do not fit.
@@ -64,36 +41,22 @@ def spec_of_call(
     after = after or {}
     if task is not None and getattr(task, "typing", False) and hasattr(task, "__header__"):
         task.__header__(*args, **kwargs)  # the signature, checked as Celery does
-    options = dict(options)
-    waits_for = {option: options.pop(option) for option in DEPENDENCY_OPTIONS if option in options}
-    hints = options.pop("hints", None) or {}
-    extra = _extra(task, options)
-    shown = options.pop("shadow", None) or name
-    chosen = known_options({**hints, **{key: value for key, value in options.items() if key not in WITHOUT_EFFECT}})
-    given = {option: value for option in TASK_OPTIONS if (value := getattr(task, option, None)) is not None} | chosen
+    given = options_of(app, name, options, task, args, kwargs)
+    if given.get("queue") is None:
+        raise BadInput(f"{name} is sent to all workers, and a part of a graph is one task. Nothing was submitted.")
     if callable(given.get("io_paths")):
         given["io_paths"] = given["io_paths"](*args, **kwargs)
     arguments, inputs = codec.encode_arguments(args, kwargs)
-    edges = [*edges_of(waits_for), *(Dependency(i, condition) for i, condition in after.items())]
+    edges = edges_of({condition: options.get(condition) or () for condition in DEPENDENCY_OPTIONS})
+    edges += [Dependency(i, condition) for i, condition in after.items()]
     edges += [Dependency(i) for i in inputs if i not in after and Dependency(i) not in edges]
+    extra = {key: codec.plain(f"the {key}", value) for key, value in given.pop("extra", {}).items()}
+    if not getattr(task, "is_aque", False):
+        given = {"children": Children.DETACH, **given}  # as Celery's: it ends when its function does
+    if errbacks:
+        extra["errbacks"] = codec.plain("an error callback", list(errbacks))
     wanted = Options(**given, dependencies=tuple(edges), celery_id=celery_id, extra=extra, **(place or {}))
-    return submitter.function(task_id, function_of(task, name), shown, arguments, inputs, wanted)
-
-
-def _extra(task: CeleryTask | None, options: dict[str, Any]) -> dict[str, Any]:
-    """What has no column, taken out of the options."""
-    extra: dict[str, Any] = {}
-    if headers := options.pop("headers", None):
-        extra["headers"] = codec.plain("the headers", headers)
-    if stamped := options.pop("stamped_headers", None):
-        extra["stamped_headers"] = sorted(stamped)
-        extra["stamps"] = codec.plain("the stamps", {stamp: options.pop(stamp, None) for stamp in stamped})
-    ignored = options.pop("ignore_result", None)
-    if getattr(task, "ignore_result", False) if ignored is None else ignored:
-        extra["ignore_result"] = True
-    if errbacks := options.pop("errbacks", None):
-        extra["errbacks"] = codec.plain("an error callback", errbacks)
-    return extra
+    return submitter.function(task_id, function_of(task, name), name, arguments, inputs, wanted)
 
 
 def check_id(celery_id: Any) -> str | None:
@@ -107,20 +70,22 @@ def check_id(celery_id: Any) -> str | None:
 
 
 def function_of(task: CeleryTask | None, name: str) -> str:
-    """How a worker finds the task: "module:qualname", or for what is not found by that "@name", the name under which the
-    worker's app must have it. Raises NotSubmittable for an Aque task that no worker could find."""
+    """How a worker finds the task: "module:qualname" where that is what its name says, else "@name", which is the task of this
+    name in the worker's app, as for Celery's messages. Raises NotSubmittable for an `aque.Task` that no worker could find."""
     if task is None or name.startswith("celery."):
         return f"@{name}"
-    known = vars(task).get("aque_function")
-    if known is None:
+    cached: str | None = vars(task).get("_aque_function")
+    if cached is None:
         try:
-            known = function_name(task)
+            cached = function_name(task)
         except NotSubmittable:
-            if getattr(task, "goes_through_table", False) and not takes_all(getattr(task, "app", None)):
+            if getattr(task, "is_aque", False):
                 raise
-            known = f"@{name}"
-        vars(task)["aque_function"] = known
-    return str(known)
+            cached = ""
+        if cached.replace(":", ".") != name and not getattr(task, "is_aque", False):
+            cached = f"@{name}"
+        task._aque_function = cached
+    return cached
 
 
 def function_name(called: CeleryTask) -> str:

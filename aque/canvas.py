@@ -14,11 +14,11 @@ from celery.utils.functional import arity_greater, maybe_list
 from kombu.utils.uuid import uuid
 
 from aque import codec
-from aque.calls import check_id, is_ours, spec_of_call, takes_all
+from aque.calls import check_id, spec_of_call
 from aque.codec import Failure, Reference
 from aque.errors import BadInput
 from aque.graphs import Ids, open_graph
-from aque.handles import TASK_OPTIONS, GroupHandle, Handle, backend_of, submitter_of
+from aque.handles import TASK_OPTIONS, GroupHandle, Handle, backend_of, goes_through_table, submitter_of
 from aque.submitter import Options, Submitter
 from aque.values import Condition, Dependency, Replacement, TaskSpec
 
@@ -67,6 +67,7 @@ class Node:
     options: Mapping[str, Any] = field(default_factory=dict)
     after: dict[int, Condition] = field(default_factory=dict)
     members: list[int] | None = None
+    errbacks: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 #: A walk that asks for parts to be placed by yielding (signature, lead, options, where): see `Builder.place`.
@@ -127,6 +128,7 @@ class Builder:
             return self.submitter.group(node.id, options, node.members)
         options_of = {name: value for name, value in node.options.items() if name != "strict"}
         return spec_of_call(
+            self.app,
             self.submitter,
             node.id,
             node.name,
@@ -137,6 +139,7 @@ class Builder:
             after=node.after,
             celery_id=node.celery_id,
             place=place,
+            errbacks=node.errbacks,
         )
 
     # -- the walk -----------------------------------------------------------------------------------------------------
@@ -184,8 +187,6 @@ class Builder:
             return known
         if row is not None:
             errbacks = [errback for errback in errbacks if errback not in self._kept_errbacks]
-        if errbacks:
-            wanted["errbacks"] = [dict(_signature(errback, self.app)) for errback in errbacks]
         node = Node(
             self._new_id() if row is None else row,
             sig["task"],
@@ -196,6 +197,7 @@ class Builder:
             kwargs,
             wanted,
             dict(lead.after),
+            errbacks=[dict(_signature(errback, self.app)) for errback in errbacks],
         )
         self.nodes[node.id] = node
         handle = self._handle(node, lead.parent)
@@ -464,7 +466,7 @@ def _ends_in_group(sig: Any, app: Celery) -> bool:
 
 def is_graph(sig: Any, app: Celery) -> bool:
     """True if a canvas goes through the table: it has a task that does, or all of its app do."""
-    if takes_all(app):
+    if getattr(app, "aque_tasks", None) == "all":
         return True
     look = [sig]
     while look:
@@ -478,7 +480,7 @@ def is_graph(sig: Any, app: Celery) -> bool:
         elif isinstance(part, _chord):
             header = kwargs.get("header")
             look += [*(header.tasks if isinstance(header, (group, _chain)) else header or ()), kwargs.get("body")]
-        elif is_ours(task_of(part)):
+        elif goes_through_table(app, task_of(part)):
             return True
         elif isinstance(part, (_basemap, chunks)):
             look.append(kwargs["task"])

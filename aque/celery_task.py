@@ -17,8 +17,7 @@ class Task(CeleryTask):
     """A Celery task that goes through the table instead of a message."""
 
     abstract = True
-    #: See `calls.is_ours`.
-    goes_through_table = True
+    is_aque = True  #: see `handles.goes_through_table`
     Strategy = "aque.celery_task:refuse_message"
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -3,6 +3,7 @@
 Only plain bytes and texts go back to the worker: it never unpickles or imports what a task made.
 """
 
+import difflib
 import importlib
 import os
 import resource
@@ -15,7 +16,7 @@ from typing import Any
 
 from celery import Celery, Task, current_app
 from celery.app.trace import build_tracer
-from celery.exceptions import Ignore, NotRegistered
+from celery.exceptions import Ignore
 from celery.local import Proxy
 
 from aque import codec, contain
@@ -44,11 +45,12 @@ class Replaced(Ignore):  # type: ignore[misc]
 
 
 def load(function: str, app: Celery) -> Task:
-    """The Celery task behind "module:qualname"; a plain function becomes one. Raises CannotImport."""
+    """The Celery task behind "module:qualname", where a plain function becomes one, or "@name", which is registered under
+    this name in the worker's app. Raises CannotImport."""
     if (found := _loaded.get(function)) is not None:
         return found
     if function.startswith("@"):
-        return _registered(function, app)
+        return _loaded.setdefault(function, _registered(function[1:], app))
     module_name, _, qualname = function.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
@@ -68,14 +70,16 @@ def load(function: str, app: Celery) -> Task:
     return target
 
 
-def _registered(function: str, app: Celery) -> Task:
-    try:
-        task: Task = app.tasks[function[1:]]
-    except NotRegistered:
-        raise CannotImport(f"no task is registered as {function[1:]} in the worker's app {app.main}") from None
+def _registered(name: str, app: Celery) -> Task:
+    if name not in app.tasks:
+        app.loader.import_default_modules()
+    if name not in app.tasks:
+        near = difflib.get_close_matches(name, app.tasks.keys(), 3, 0.5)
+        hint = f"it knows {', '.join(near)}" if near else f"it knows {len(app.tasks)} tasks, none of a similar name"
+        raise CannotImport(f"no task {name!r} is registered in this worker's app {app.main or app!r}: {hint}")
+    task: Task = app.tasks[name]
     if task.__trace__ is None:
         task.__trace__ = build_tracer(task.name, task, app.loader, app=app)
-    _loaded[function] = task
     return task
 
 

@@ -277,6 +277,20 @@ def backend_of(app: Celery) -> Backend:
     return _backends[id(app)]
 
 
+def goes_through_table(app: Celery, task: Any) -> bool:
+    """Whether a call of this Celery task, or of the task that has this name, becomes a row and not a message.
+
+    All of an app that was set up with tasks="all" do, else those of aque.Task. Nothing does while `task_always_eager`, which
+    is for calls that never leave their process.
+    """
+    if app.conf.task_always_eager:
+        return False
+    if getattr(app, "aque_tasks", None) == "all":
+        return True
+    registered = app._tasks.get(task) if isinstance(task, str) else task
+    return bool(getattr(registered, "is_aque", False))
+
+
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Only options that mean something here; others would be silently lost."""
     known = {**options}
