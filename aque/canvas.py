@@ -1,8 +1,8 @@
 """Celery's signatures as a graph: every task of a canvas becomes a row, what follows what an edge, in one submission."""
 
-import os
+import dataclasses
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any
 
@@ -13,7 +13,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.utils.functional import arity_greater, maybe_list
 from kombu.utils.uuid import uuid
 
-from aque import codec
+from aque import codec, within
 from aque.calls import check_id, spec_of_call
 from aque.codec import Failure, Reference
 from aque.errors import BadInput
@@ -93,12 +93,12 @@ class Builder:
 
     def place(self, sig: Any, lead: Lead | None = None, options: Mapping[str, Any] | None = None) -> Placed | None:
         """Add a signature with all that is in it; None if there is nothing. `options` are added to its own."""
-        where = replace(self.root, **self._job.place()) if self._job is not None else self.root
+        where = dataclasses.replace(self.root, **self._job.place()) if self._job is not None else self.root
         return self._walk(self._part(sig, lead or Lead(), options or {}, where))
 
     def call(self, sig: Signature, options: Mapping[str, Any]) -> Placed | None:
         """Add a task."""
-        where = replace(self.root, **self._job.place()) if self._job is not None else self.root
+        where = dataclasses.replace(self.root, **self._job.place()) if self._job is not None else self.root
         return self._walk(self._task(sig, Lead(), options, where))
 
     def take_over(self, celery_id: str, task_id: int, errbacks: list[Any], where: Where) -> None:
@@ -243,7 +243,7 @@ class Builder:
             args: tuple[Any, ...] = tuple(Failure(failed, part, shown, name) for part in parts)
         else:
             args = (shown,)
-        return sig, Lead(args, {}, after), {}, replace(where, is_spare=True)
+        return sig, Lead(args, {}, after), {}, dataclasses.replace(where, is_spare=True)
 
     def _chain(self, sig: Any, lead: Lead, options: Mapping[str, Any], where: Where) -> Walk:
         wanted = _merged(sig.options, options)
@@ -251,7 +251,7 @@ class Builder:
         everywhere = _taken(wanted, "link_error")
         steps = _steps(sig, self.app)
         if not sig.immutable:
-            lead = replace(lead, args=lead.args + tuple(sig.args or ()))
+            lead = dataclasses.replace(lead, args=lead.args + tuple(sig.args or ()))
         placed: Placed | None = None
         for position, step in enumerate(steps):
             of_step = {**everywhere}
@@ -287,8 +287,8 @@ class Builder:
         self.nodes[node.id] = node
         results = []
         for seq, (member, own) in enumerate(members):
-            place = replace(where, job_id=node.id, seq=seq)
-            placed = yield member, replace(lead, parent=None), _merged(own, options), place
+            place = dataclasses.replace(where, job_id=node.id, seq=seq)
+            placed = yield member, dataclasses.replace(lead, parent=None), _merged(own, options), place
             if placed is not None:
                 node.members.append(placed.id)  # type: ignore[union-attr]
                 results.append(placed.result)
@@ -315,7 +315,7 @@ class Builder:
         at_end = _taken(wanted, "link", "link_error")
         at_start = _taken(wanted, "countdown", "eta")
         args = lead.args if sig.immutable else lead.args + tuple(sig.args or ())
-        first = replace(lead, args=args, kwargs={**(sig.kwargs.get("kwargs") or {}), **lead.kwargs})
+        first = dataclasses.replace(lead, args=args, kwargs={**(sig.kwargs.get("kwargs") or {}), **lead.kwargs})
         tasks = header.tasks if isinstance(header, (group, _chain)) else header
         members = _members(tasks, self.app)
         barrier = yield from self._barrier(members, first, {**wanted, **at_start}, where, header_id)
@@ -541,6 +541,27 @@ def submit_call(
     return handle
 
 
+def replace(task: CeleryTask, sig: Any) -> Any:
+    """Celery's `self.replace`: leave the running task's row, with its id, what waits for it and its callbacks, to a signature.
+    Never returns."""
+    if not within.is_from_table(task):
+        return CeleryTask.replace(task, sig)
+    raise within.Replaced(replacement(task, sig))
+
+
+def add_to_chord(task: CeleryTask, sig: Any, lazy: bool = False) -> Any:
+    """Celery's `self.add_to_chord`: what follows the group or chord that the running task is a member of waits for this
+    signature, too, and gets its result at the end of the list. It is submitted at once: `lazy` is refused."""
+    if not within.is_from_table(task):
+        return CeleryTask.add_to_chord(task, sig, lazy)
+    if lazy:
+        raise BadInput("add_to_chord submits at once: lazy=True is not supported. Nothing was submitted.")
+    return add_to_group(task, sig)
+
+
+within.WAYS.extend((replace, add_to_chord))
+
+
 def replacement(task: CeleryTask, sig: Any) -> Replacement:
     """Submit what replaces the running `task`, but for its last task: that is what the row of `task` is to run next."""
     app, request = task.app, task.request
@@ -548,8 +569,8 @@ def replacement(task: CeleryTask, sig: Any) -> Replacement:
         raise ImproperlyConfigured("A signature replacing a task must not be part of a chord")
     if isinstance(sig, _chain) and not sig.tasks:
         raise ImproperlyConfigured("Cannot replace with an empty chain")
-    row = _own_row()
-    errbacks = codec.decode_result(codec.encode_result(request.errbacks or [], 1 << 62)) or []
+    row = request.aque_id
+    errbacks = codec.decode_result(codec.encode_result(request.aque_errbacks or [], 1 << 62)) or []
     builder = Builder(app)
     job = str(request.root_id or "")
     builder.take_over(request.id, row, errbacks, Where(int(job) if job.isdecimal() and int(job) != row else None))
@@ -573,15 +594,8 @@ def add_to_group(task: CeleryTask, sig: Any) -> Any:
     placed = builder.place(sig)
     if placed is None:
         raise BadInput("there is nothing in this canvas to add to the group. Nothing was submitted.")
-    builder.submit(joins=(placed.id, _own_row()))
+    builder.submit(joins=(placed.id, task.request.aque_id))
     return placed.result
-
-
-def _own_row() -> int:
-    task_id = os.environ.get("AQUE_TASK_ID", "")
-    if not task_id.isdecimal():
-        raise BadInput("only a task that runs from the table can do that. Nothing was submitted.")
-    return int(task_id)
 
 
 def eager_options(options: Mapping[str, Any]) -> dict[str, Any]:

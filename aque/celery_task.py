@@ -6,10 +6,8 @@ from typing import Any
 
 from celery import Task as CeleryTask
 
-from aque import canvas
+from aque import canvas, within
 from aque.backend import Backend
-from aque.child import Replaced
-from aque.errors import BadInput
 from aque.handles import Handle, backend_of
 
 
@@ -49,23 +47,10 @@ class Task(CeleryTask):
             app, self.name, args, kwargs, {**options, "task_id": task_id}, task=self, strict=strict
         )
 
-    def replace(self, sig: Any) -> Any:
-        """Leave this task's row, with its id, what waits for it and its callbacks, to a signature: see Celery's. Never
-        returns. Raises BadInput outside of a task that runs from the table."""
-        if self.request.is_eager:
-            return super().replace(sig)
-        raise Replaced(canvas.replacement(self, sig))
-
-    def add_to_chord(self, sig: Any, lazy: bool = False) -> Any:
-        """Add a signature to the group or chord that this task is a member of: what follows waits for it, too. It is submitted
-        at once: `lazy` is not for rows."""
-        if lazy:
-            raise BadInput("add_to_chord submits at once: lazy=True is not supported. Nothing was submitted.")
-        return canvas.add_to_group(self, sig)
-
-    def retry(self, *args: Any, exc: Exception | None = None, **options: Any) -> Any:
-        """Ends the attempt with `exc`: an attempt is repeated as often as `max_attempts` says, without being asked."""
-        raise exc or BadInput("self.retry() is not supported yet: give the task max_attempts, and raise an exception.")
+    retry = within.retry
+    update_state = within.update_state
+    replace = canvas.replace
+    add_to_chord = canvas.add_to_chord
 
     @property
     def backend(self) -> Backend:

@@ -96,15 +96,21 @@ class Handle(AsyncResult):
         _revoke(self.app, [self.number], terminate, signal)
 
     def get(self, *args: Any, propagate: bool = True, follow_parents: bool = True, **options: Any) -> Any:
-        """As Celery's. For a step of a chain that was skipped the exception of the step that has failed is raised."""
+        """As Celery's. For a step of a chain that was skipped the exception of the step that has failed is raised, and for
+        a task that a graph has replaced that of the task in it."""
         try:
             return super().get(*args, propagate=propagate, follow_parents=False, **options)
         except TaskSkipped:
-            if propagate and follow_parents and self.parent is not None:
+            if propagate and ((follow_parents and self.parent is not None) or self._has_run()):
                 self._maybe_reraise_parent_error()
             raise
 
     wait = get
+
+    def _has_run(self) -> bool:
+        store = farm_of(self.app).store
+        with store.connect() as connection:
+            return any(row["attempt"] for row in store.tasks(connection, {"id": self.number}, ["attempt"]))
 
     def _maybe_reraise_parent_error(self) -> None:
         if (cause := backend_of(self.app).cause(self.id)) is not None:
