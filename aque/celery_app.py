@@ -10,7 +10,7 @@ from celery import Celery, current_app, shared_task
 from celery._state import get_current_task
 
 import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql with kombu
-from aque import machine, whole_app
+from aque import canvas, machine, whole_app
 from aque.bootstep import ConsumerStep, WorkerStep
 from aque.celery_task import Task
 from aque.errors import BadInput, NotSubmittable
@@ -172,6 +172,7 @@ def setup(app: Celery, tasks: str = "own") -> Celery:
             )
         return app
     app.aque_tasks = tasks
+    canvas.install()
     app.steps["worker"].add(WorkerStep)
     app.steps["consumer"].add(ConsumerStep)
     whole_app.install(app)

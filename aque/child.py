@@ -16,10 +16,12 @@ from typing import Any
 
 from celery import Celery, Task, current_app
 from celery.app.trace import build_tracer
+from celery.exceptions import Ignore
 from celery.local import Proxy
 
 from aque import codec, contain
 from aque.states import Reason
+from aque.values import Replacement
 
 #: (True, encoded result or None, its repr for events, seconds), or (False, reason, encoded error, seconds).
 Answer = tuple[bool, Any, Any, float]
@@ -32,6 +34,14 @@ _loaded: dict[str, Task] = {}
 
 class CannotImport(Exception):
     """The function cannot be loaded by its name in this process."""
+
+
+class Replaced(Ignore):  # type: ignore[misc]
+    """A task leaves its place to another one; `replacement` says to which."""
+
+    def __init__(self, replacement: Replacement) -> None:
+        super().__init__("Replaced by new task")
+        self.replacement = replacement
 
 
 def load(function: str, app: Celery) -> Task:

@@ -9,6 +9,7 @@ from aque.store.engine import (
     one_statement,
     transaction,
 )
+from aque.store.groups import Tree
 from aque.store.limits import LimitRow
 from aque.store.refusals import Refusal
 from aque.store.store import (
@@ -37,6 +38,7 @@ __all__ = [
     "Released",
     "Store",
     "StoredResult",
+    "Tree",
     "WorkerRow",
     "again",
     "attempt_write",
