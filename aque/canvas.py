@@ -14,11 +14,12 @@ from celery.utils.functional import arity_greater, maybe_list
 from kombu.utils.uuid import uuid
 
 from aque import codec, within
-from aque.calls import check_id, spec_of_call
+from aque.announcements import Announcement
+from aque.calls import check_id, is_ours, spec_of_call, takes_all
 from aque.codec import Failure, Reference
 from aque.errors import BadInput
 from aque.graphs import Ids, open_graph
-from aque.handles import TASK_OPTIONS, GroupHandle, Handle, backend_of, goes_through_table, submitter_of
+from aque.handles import TASK_OPTIONS, GroupHandle, Handle, backend_of, submitter_of
 from aque.submitter import Options, Submitter
 from aque.values import Condition, Dependency, Replacement, TaskSpec
 
@@ -90,6 +91,7 @@ class Builder:
         #: A row that is there already: the task with this id takes it over; and the error callbacks that it keeps.
         self._takes_over: dict[str, int] = {}
         self._kept_errbacks: list[Any] = []
+        self._announced: list[Announcement] = []
 
     def place(self, sig: Any, lead: Lead | None = None, options: Mapping[str, Any] | None = None) -> Placed | None:
         """Add a signature with all that is in it; None if there is nothing. `options` are added to its own."""
@@ -118,6 +120,8 @@ class Builder:
                 self._job.add(spec, node.where.is_spare)
         elif specs:
             self.submitter.submit(specs, joins)
+        for announcement in self._announced:
+            announcement.after()
 
     def spec(self, node: Node) -> TaskSpec:
         """The row of a node."""
@@ -126,7 +130,6 @@ class Builder:
             edges = tuple(Dependency(i, Condition.ANY) for i in dict.fromkeys(node.members))
             options = Options(name="group", dependencies=edges, celery_id=node.celery_id, **place)
             return self.submitter.group(node.id, options, node.members)
-        options_of = {name: value for name, value in node.options.items() if name != "strict"}
         return spec_of_call(
             self.app,
             self.submitter,
@@ -135,11 +138,12 @@ class Builder:
             node.task,
             node.args,
             node.kwargs,
-            options_of,
+            node.options,
             after=node.after,
             celery_id=node.celery_id,
             place=place,
             errbacks=node.errbacks,
+            announced=self._announced,
         )
 
     # -- the walk -----------------------------------------------------------------------------------------------------
@@ -466,7 +470,7 @@ def _ends_in_group(sig: Any, app: Celery) -> bool:
 
 def is_graph(sig: Any, app: Celery) -> bool:
     """True if a canvas goes through the table: it has a task that does, or all of its app do."""
-    if getattr(app, "aque_tasks", None) == "all":
+    if takes_all(app):
         return True
     look = [sig]
     while look:
@@ -480,7 +484,7 @@ def is_graph(sig: Any, app: Celery) -> bool:
         elif isinstance(part, _chord):
             header = kwargs.get("header")
             look += [*(header.tasks if isinstance(header, (group, _chain)) else header or ()), kwargs.get("body")]
-        elif goes_through_table(app, task_of(part)):
+        elif is_ours(task_of(part)):
             return True
         elif isinstance(part, (_basemap, chunks)):
             look.append(kwargs["task"])

@@ -13,6 +13,7 @@ from celery.local import Proxy
 from celery.utils.time import maybe_iso8601
 from kombu.entity import Exchange, Queue
 
+from aque import codec
 from aque.errors import BadInput
 from aque.handles import DEPENDENCY_OPTIONS, TASK_OPTIONS, known_options
 
@@ -22,53 +23,18 @@ TRANSLATED = frozenset(
 )
 #: Where a message goes: `routed` reads them.
 ROUTING = frozenset({"exchange", "exchange_type", "queue", "route_name", "router", "routing_key", "task_type"})
-#: About a message, which a row is not. They have no effect, see docs/celery.md.
-_MESSAGE = {
-    "compression",
-    "confirm_timeout",
-    "connection",
-    "content_encoding",
-    "content_type",
-    "correlation_id",
-    "declare",
-}
-_MESSAGE |= {
-    "delivery_mode",
-    "event_dispatcher",
-    "expiration",
-    "immediate",
-    "mandatory",
-    "message_id",
-    "origin",
-    "producer",
-}
-_MESSAGE |= {
-    "app_id",
-    "cluster_id",
-    "publisher",
-    "reply_to",
-    "retry",
-    "retry_policy",
-    "serializer",
-    "timeout",
-    "timestamp",
-}
-_MESSAGE |= {"argsrepr", "kwargsrepr", "type", "user_id"}
-#: About a message's place in a canvas: a row's is its edges, its parent and its own count of retries.
-_PLACE = {
-    "add_to_parent",
-    "chain",
-    "chord",
-    "group_id",
-    "group_index",
-    "link",
-    "link_error",
-    "parent_id",
-    "retries",
-    "root_id",
-}
-_PLACE |= {"replaced_task_nesting", "result_cls", "stamped_headers", "task_id"}
-NO_EFFECT = frozenset(_MESSAGE | _PLACE)
+#: These have no effect; docs/celery.md says why. They are about a message, which a row is not, or about its place in a canvas:
+#: a row's is in its edges, its parent and its own count of retries.
+NO_EFFECT = frozenset(
+    {
+        "add_to_parent", "app_id", "argsrepr", "chain", "chord", "cluster_id", "compression", "confirm_timeout", "connection",
+        "content_encoding", "content_type", "correlation_id", "declare", "delivery_mode", "errbacks", "event_dispatcher",
+        "expiration", "group_id", "group_index", "immediate", "interval", "kwargsrepr", "link", "link_error", "mandatory",
+        "max_retries", "message_id", "origin", "parent_id", "producer", "publisher", "replaced_task_nesting", "reply_to",
+        "result_cls", "retries", "retry", "retry_policy", "root_id", "serializer", "stamped_headers", "strict", "task_id",
+        "timeout", "timestamp", "type", "user_id",
+    }
+)  # fmt: skip
 
 
 class _Known(Mapping[str, Queue]):
@@ -144,6 +110,15 @@ def _binds(queue: Queue, routing_key: str) -> bool:
     return queue.exchange.type == "fanout" or queue.routing_key == routing_key
 
 
+def is_broadcast(
+    app: Celery, name: str, options: Mapping[str, Any], task: Any = None, args: Any = (), kwargs: Any = None
+) -> bool:
+    """True if a call goes to a queue that brings it to every worker."""
+    if not any(queue.exchange is not None and queue.exchange.type == "fanout" for queue in app.amqp.queues.values()):
+        return False
+    return routed(app, name, {**celery_options(task), **options}, task, args, kwargs)["queue"] is None
+
+
 def options_of(
     app: Celery,
     name: str,
@@ -180,9 +155,9 @@ def options_of(
         given["name"] = asked["shadow"]
     extra: dict[str, Any] = {}
     if asked.get("headers"):
-        extra["headers"] = dict(asked["headers"])
+        extra["headers"] = codec.plain("the headers", asked["headers"])
     if stamps:
-        extra |= {"stamped_headers": list(stamps), "stamps": stamps}
+        extra |= {"stamped_headers": sorted(stamps), "stamps": codec.plain("the stamps", stamps)}
     if asked.get("ignore_result"):
         extra["ignore_result"] = True
     return {**given, "extra": extra} if extra else given
@@ -194,7 +169,7 @@ def own_options(task: Any) -> dict[str, Any]:
         return {}
     if isinstance(task, Proxy):
         task = task._get_current_object()
-    if getattr(task, "is_aque", False):
+    if getattr(task, "goes_through_table", False):
         found = {option: getattr(task, option, None) for option in TASK_OPTIONS}
     else:
         decorated = vars(type(task)) if "_decorated" in vars(type(task)) else {}

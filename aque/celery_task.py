@@ -15,7 +15,8 @@ class Task(CeleryTask):
     """A Celery task that goes through the table instead of a message."""
 
     abstract = True
-    is_aque = True  #: see `handles.goes_through_table`
+    #: See `calls.is_ours`.
+    goes_through_table = True
     Strategy = "aque.celery_task:refuse_message"
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -242,7 +242,7 @@ class GroupHandle(GroupResult):
     @classmethod
     def restore(cls, id: str, backend: Any = None, app: Celery | None = None) -> "GroupHandle | None":
         """The group with this id, in any process; None if there is none."""
-        app = app or current_app._get_current_object()
+        app = app or (cls.app if isinstance(cls.app, Celery) else current_app._get_current_object())
         tree = backend_of(app).group_tree(str(id))
         return None if tree is None else _group_handle(app, tree)
 
@@ -281,20 +281,6 @@ def backend_of(app: Celery) -> Backend:
     if id(app) not in _backends:
         _backends[id(app)] = Backend(app=app)
     return _backends[id(app)]
-
-
-def goes_through_table(app: Celery, task: Any) -> bool:
-    """Whether a call of this Celery task, or of the task that has this name, becomes a row and not a message.
-
-    All of an app that was set up with tasks="all" do, else those of aque.Task. Nothing does while `task_always_eager`, which
-    is for calls that never leave their process.
-    """
-    if app.conf.task_always_eager:
-        return False
-    if getattr(app, "aque_tasks", None) == "all":
-        return True
-    registered = app._tasks.get(task) if isinstance(task, str) else task
-    return bool(getattr(registered, "is_aque", False))
 
 
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
