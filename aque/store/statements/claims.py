@@ -35,12 +35,14 @@ def ready_classes() -> sa.CTE:
 @cache
 def candidates(dialect: str, left_out: bool = False) -> Statement:
     """The first `limit` ready tasks of each requirement class, without the classes in `unfit`; with `left_out`, without the
-    tasks in `tasks` and those of the jobs in `jobs`, which the index passes over one by one."""
+    tasks in `tasks`, those of the jobs in `jobs` and those with a name in `names`, which the index passes over one by one."""
     found = ready_classes()
     fit = sa.select(found.c.id).where(found.c.id.is_not(None), sa.not_(one_of(dialect, found.c.id, "unfit"))).cte("fit")
     may_be_claimed = is_state(State.READY)
     if left_out:
         others = (sa.not_(one_of(dialect, task.c.id, "tasks")), sa.not_(one_of(dialect, task.c.job_id, "jobs")))
+        names: sa.BindParameter[str] = sa.bindparam("names", expanding=True)
+        others = (*others, task.c.name.not_in(names))
         may_be_claimed = sa.and_(may_be_claimed, *others)
     wanted = per_class(
         dialect,
