@@ -1176,7 +1176,9 @@ class Store:
 
     def calls_of(self, connection: sa.Connection, celery_ids: Sequence[str]) -> dict[str, KnownCall]:
         """What was submitted under these Celery ids."""
-        rows = connection.execute(sql.calls_of(), {"celery_ids": list(celery_ids)}) if celery_ids else []
+        if not celery_ids:
+            return {}
+        rows = connection.execute(sql.calls_of(), {"celery_ids": list(celery_ids)})
         return {
             row.celery_id: KnownCall(
                 row.id, State(row.state), row.function or "", bytes(row.arguments or b""), _split(row.argv or b"")
