@@ -31,10 +31,10 @@ env -i /bin/sleep 1000 &
 (trap "" TERM; exec sleep 1000) &
 (setsid sh -c "sleep 1000 & exit" &)
 '''
-# A fork of the shell that is not sleep yet would drop a TERM.
+# A fork of the shell that is not sleep yet would drop a TERM; and sleep may get its TERM, and end, before the shell gets one.
 STAYS = '''
 trap "echo tidied; exit" TERM; sleep 1000 &
-until read name </proc/$!/comm && [ $name = sleep ]; do :; done; echo; wait
+until read name </proc/$!/comm && [ $name = sleep ]; do :; done; echo; while :; do wait; done
 '''
 """
 
