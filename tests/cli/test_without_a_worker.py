@@ -107,7 +107,7 @@ def test_bad_input_is_one_sentence_and_exit_2_and_submits_nothing(aque, options,
     assert done.status == 2
     assert said in done.err.lower() or said in done.err
     assert done.err.startswith("aque: ") and done.err.count("\n") == 1
-    assert done.out == "" and rows(aque) == []
+    assert done.out == "" and aque.count() == 0
 
 
 def test_no_command_is_refused(aque):
@@ -178,7 +178,7 @@ def test_call_refuses_what_no_worker_could_run(aque, words, said):
     (aque.cwd / "broken.py").write_text("print('noise')\n1 / 0\n")
     done = aque("call", *words)
     assert done.status == 2 and said in done.err
-    assert done.out == "" and rows(aque) == []
+    assert done.out == "" and aque.count() == 0
 
 
 def test_call_finds_functions_in_the_current_directory(aque):
@@ -363,9 +363,9 @@ def test_xargs_submits_what_comes_before_an_unmatched_quote(aque):
 # -- the store
 
 
-def test_init_says_what_it_did(aque):
-    assert "created tables of version" in aque("init").out
-    assert "is up to date" in aque("init").out
+def test_init_says_what_it_did(bare):
+    assert "created tables of version" in bare("init").out
+    assert "is up to date" in bare("init").out
 
 
 def test_reset_asks_tells_what_there_was_and_removes_it(aque):

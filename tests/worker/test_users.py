@@ -206,9 +206,9 @@ def test_the_tree_of_another_users_command_is_gone_after_a_kill(roots_farm: Farm
     assert not [process.pid for process in psutil.process_iter(["uids"]) if process.info["uids"].real == user.uid]
 
 
-def test_limits_of_the_setting_hold(store_url: str, user: User, tmp_path: Path) -> None:
+def test_limits_of_the_setting_hold(made_store_url: str, user: User, tmp_path: Path) -> None:
     chosen = {"unsafe_allow_root_sqlite": True, "rlimits": "nofile=100:200,core=0"}
-    with Farm(store_url, tmp_path, **chosen) as farm, farm.entered():
+    with Farm(made_store_url, tmp_path, **chosen) as farm, farm.entered():
         farm.start_worker("-c", "1")
         for task in (
             aque.shell(script("ulimit -n; ulimit -Hn; ulimit -c"), user=name, cwd="/") for name in ("", user.name)
