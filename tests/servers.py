@@ -29,8 +29,8 @@ import psycopg2
 
 Result = TypeVar("Result")
 
-START_SECONDS = 30
-STOP_SECONDS = 30
+START_SECONDS = 60
+STOP_SECONDS = 60
 
 
 class MissingBinary(Exception):
@@ -41,7 +41,7 @@ class ServerFailed(Exception):
     """A server did not start or did not stop; the message ends with the last lines of its log."""
 
 
-def wait_until(condition: Callable[[], Result], limit: float = 30, what: str = "") -> Result:
+def wait_until(condition: Callable[[], Result], limit: float = 60, what: str = "") -> Result:
     """The first true value of `condition()`, asked again and again for up to `limit` seconds, then AssertionError.
 
     The only sleep in the tests: whatever else waits, waits for an event or for this.

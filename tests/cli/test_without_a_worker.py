@@ -145,7 +145,7 @@ def test_wait_option_says_that_there_is_no_worker_and_ctrl_c_leaves_the_task(aqu
     hint = process.stderr.readline()
     assert "`aque worker`" in hint and "--local" in hint
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(60) == 130
     assert f"`aque kill {task_id}`" in process.communicate()[1]
     assert aque.state(task_id) == "ready"
 
@@ -316,7 +316,7 @@ def test_a_reader_that_leaves_is_no_error(aque):
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(20) == 141
+    assert process.wait(60) == 141
     assert process.stderr.read() == ""
     process.stderr.close()
 
