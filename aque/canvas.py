@@ -219,7 +219,8 @@ class Builder:
         handle = Handle(
             node.celery_id or str(node.id), app=self.app, backend=self._backend, task_name=node.name, parent=parent
         )
-        handle.number = node.id
+        if node.celery_id is None:  # else a task with this id may be there already
+            handle.number = node.id
         ignored = node.options.get("ignore_result")
         handle.ignored = bool(getattr(node.task, "ignore_result", False) if ignored is None else ignored)
         return handle
