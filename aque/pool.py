@@ -148,6 +148,7 @@ class TaskPool(prefork.TaskPool):
         self.lent -= 1
         self._pool._processes -= 1
         self._pool._taskqueue.put(([None], None))
+
     Timer: Any = _Timer
 
     def tell_children(self, *listeners: Callable[[int], None]) -> None:
