@@ -113,6 +113,9 @@ class _Timer(timer2.Timer):
         super().stop()
 
 
+_maintaining = threading.Lock()
+
+
 class _Pool(Pool):
     Worker = _Child
     Supervisor = _Supervisor
@@ -122,12 +125,30 @@ class _Pool(Pool):
         self._inqueue._rlock = ProcessLock()
         self._outqueue._wlock = ProcessLock()
 
+    def _maintain_pool(self) -> None:
+        with _maintaining:  # the pool's own thread does it now and then
+            super()._maintain_pool()
+
 
 class TaskPool(prefork.TaskPool):
     """Celery's prefork pool of such children, on such locks."""
 
     BlockingPool: Any = _Pool
     Timer: Any = _Timer
+    #: So many children have a function that waits for other tasks: as many more are there in their place.
+    lent = 0
+
+    def lend(self) -> None:
+        """The function of a child waits for other tasks: there is another child in its place when this returns."""
+        self.lent += 1
+        self._pool.grow(1)
+        self._pool.maintain_pool()
+
+    def take_back(self) -> None:
+        """It waits no longer: one child too many ends as soon as it has nothing to do. Whichever takes this message does."""
+        self.lent -= 1
+        self._pool._processes -= 1
+        self._pool._taskqueue.put(([None], None))
 
     def tell_children(self, *listeners: Callable[[int], None]) -> None:
         """Call the listeners with the pid of each child that there is and will be."""
