@@ -48,8 +48,8 @@ from tests.canvas.shape_tasks import (
     without_result,
 )
 from tests.servers import Guarded, PostgreSQL, Redis, wait_until
-from tests.worker.farm import ROOT, Farm
 
+ROOT = Path(__file__).parents[2]
 APP = "tests.canvas.shape_tasks"
 #: The result of a canvas that must fail: whichever error `get` raises, but not by waiting in vain.
 ERROR = "an error"
@@ -490,6 +490,8 @@ def on_celery(redis: Redis, directory: Path) -> Iterator[dict[str, str]]:
 @contextmanager
 def on_aque(store: str, directory: Path) -> Iterator[dict[str, str]]:
     """The environment of the same project after `aque.setup(app, tasks="all")`, with a worker."""
+    from tests.worker.farm import Farm  # not in the process with the shapes: it forgets whose farm that is in
+
     with Farm(store, directory) as farm:
         chosen = {"SHAPES_ON": "aque", "SHAPES_RUNS": str(directory / "runs")}
         farm.start_worker("-c", "4", app=APP, env=chosen, cpus=4)
