@@ -125,3 +125,11 @@ def _unreachable_by_name() -> Any:
 
 
 registered_only = _unreachable_by_name()
+
+
+@aque.task
+def submits_after(task_id: int) -> int:
+    """A child that cannot run any more, and one with an error callback that is not needed."""
+    same.apply_async((1,), depends_on=task_id)
+    same.apply_async((2,), link_error=old_errback.s())
+    return task_id

@@ -33,6 +33,7 @@ from tests.worker.canvas_tasks import (
     same,
     stamps,
     submits,
+    submits_after,
     total,
 )
 from tests.worker.farm import LIMIT_SECONDS, ROOT, Farm
@@ -109,6 +110,14 @@ def test_a_task_shared_by_two_branches_runs_once(farm: Farm, tmp_path: Path) -> 
 def test_a_running_task_submits_canvases(farm: Farm) -> None:
     celery_id = submits.delay([1, 2, 3]).get(timeout=LIMIT)
     assert total.AsyncResult(celery_id).get(timeout=LIMIT) == 12
+
+
+def test_children_that_are_not_needed_keep_no_parent_waiting(farm: Farm) -> None:
+    broken = fail.delay()
+    farm.wait_for_state(broken, "error")
+    parent = submits_after.delay(broken.number)
+    assert parent.get(timeout=LIMIT) == broken.number
+    assert farm.state(parent) == "success"
 
 
 def test_a_graph_with_canvases_gets_results_through_handles(farm: Farm) -> None:
