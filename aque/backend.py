@@ -75,6 +75,8 @@ class Backend(CeleryBackend):
 
     def states(self, celery_ids: list[str]) -> list[str]:
         """Celery's states of these tasks, PENDING of one that there is not; one query for all."""
+        if not celery_ids:
+            return []
         store = farm_of(self.app).store
         with store.connect() as connection:
             ids = store.ids_of(connection, celery_ids)

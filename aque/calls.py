@@ -8,6 +8,7 @@ from typing import Any
 from celery import Celery
 from celery import Task as CeleryTask
 from celery.local import Proxy
+from celery.utils.time import rate
 
 from aque import codec
 from aque.announcements import Announcement, is_wanted
@@ -68,6 +69,8 @@ def spec_of_call(
         raise BadInput(
             f"{name} goes to every worker, which a task of a graph cannot. Nothing was submitted: send it alone."
         )
+    if limit := getattr(task, "rate_limit", None):
+        given["extra"] = {**given.get("extra", {}), "rate_limit": rate(limit)}
     if errbacks:
         given["extra"] = {**given.get("extra", {}), "errbacks": codec.plain("an error callback", list(errbacks))}
     if callable(given.get("io_paths")):
@@ -114,7 +117,7 @@ def function_of(task: CeleryTask | None, name: str) -> str:
             if not getattr(task, "goes_through_table", False) and known.replace(":", ".") != name:
                 known = f"@{name}"  # who gives a task a name may have another function by it on the workers
         except NotSubmittable:
-            if getattr(task, "goes_through_table", False) and not takes_all(getattr(task, "app", None)):
+            if getattr(task, "goes_through_table", False):
                 raise
             known = f"@{name}"
         vars(task)["aque_function"] = known

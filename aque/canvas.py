@@ -92,6 +92,8 @@ class Builder:
         self._takes_over: dict[str, int] = {}
         self._kept_errbacks: list[Any] = []
         self._announced: list[Announcement] = []
+        #: Handles of tasks whose ids a caller brought.
+        self._named: list[Handle] = []
 
     def place(self, sig: Any, lead: Lead | None = None, options: Mapping[str, Any] | None = None) -> Placed | None:
         """Add a signature with all that is in it; None if there is nothing. `options` are added to its own."""
@@ -120,6 +122,8 @@ class Builder:
                 self._job.add(spec, node.where.is_spare)
         elif specs:
             self.submitter.submit(specs, joins)
+            for handle in self._named:  # who repeats a submission gets the task that is there: see `Submitter.submit`
+                del handle.number
         for announcement in self._announced:
             announcement.after()
 
@@ -219,8 +223,9 @@ class Builder:
         handle = Handle(
             node.celery_id or str(node.id), app=self.app, backend=self._backend, task_name=node.name, parent=parent
         )
-        if node.celery_id is None:  # else a task with this id may be there already
-            handle.number = node.id
+        handle.number = node.id
+        if node.celery_id is not None:
+            self._named.append(handle)
         ignored = node.options.get("ignore_result")
         handle.ignored = bool(getattr(node.task, "ignore_result", False) if ignored is None else ignored)
         return handle

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from celery import Celery, current_app
-from celery.result import AsyncResult, GroupResult, assert_will_not_block
+from celery.result import AsyncResult, EagerResult, GroupResult, assert_will_not_block
 from celery.states import PROPAGATE_STATES, READY_STATES, SUCCESS
 from vine import barrier
 
@@ -139,8 +139,8 @@ class Handle(AsyncResult):
 class GroupHandle(GroupResult):
     """The results of a group, of which there is a row: as an argument of a task it stands for the list of them."""
 
-    def __init__(self, id: str, results: list[Any], parent: Any = None, app: Celery | None = None) -> None:
-        super().__init__(id, results, parent=parent, app=app, ready_barrier=barrier())
+    def __init__(self, id: Any = None, results: Any = None, parent: Any = None, **options: Any) -> None:
+        super().__init__(id, results, parent=parent, **{"ready_barrier": barrier(), **options})
 
     @cached_property
     def number(self) -> int:
@@ -155,7 +155,12 @@ class GroupHandle(GroupResult):
     @property
     def supports_native_join(self) -> bool:
         """One query, however many members."""
-        return True
+        return not self._is_eager
+
+    @property
+    def _is_eager(self) -> bool:
+        """Its members have run in this process, and the table knows nothing of them."""
+        return any(isinstance(result, EagerResult) for result in self.results)
 
     def as_tuple(self) -> Any:
         """As Celery's, for a chain of any length."""
@@ -164,14 +169,17 @@ class GroupHandle(GroupResult):
     def _states(self) -> list[str]:
         """Celery's states of the members, and of the members of groups among them."""
         leaves: list[str] = []
+        eager: list[str] = []
         look: list[Any] = list(self.results)
         while look:
             one = look.pop()
             if isinstance(one, GroupResult):
                 look += one.results
+            elif isinstance(one, EagerResult):
+                eager.append(one.state)
             else:
                 leaves.append(one.id)
-        return self.backend.states(leaves)
+        return eager + self.backend.states(leaves)
 
     def ready(self) -> bool:
         """True if all have ended, well or badly."""
@@ -202,6 +210,9 @@ class GroupHandle(GroupResult):
         on_interval: Any = None,
     ) -> list[Any]:
         """The results in order; of a failed member its exception is raised, or with propagate=False in its place."""
+        if self._is_eager:
+            found: list[Any] = super().join(timeout=timeout, propagate=propagate, callback=callback)
+            return found
         if disable_sync_subtasks:
             assert_will_not_block()
         values: dict[str, Any] = {}
@@ -227,7 +238,7 @@ class GroupHandle(GroupResult):
         timeout: float | None = None,
     ) -> None:
         """Withdraw all that waits of the group, and what waits for it; with `terminate` also signal what runs."""
-        if self.results:
+        if self.results and not self._is_eager:
             _revoke(self.app, [self.number], terminate, signal)
 
     def forget(self) -> None:

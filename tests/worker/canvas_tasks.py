@@ -1,13 +1,13 @@
 """Tasks for canvases, of both kinds: those that go through the table, and ordinary ones of the same app."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from celery import Task, chain, chord, group, shared_task
 
 import aque
 from aque.celery_app import app as aque_app
+from tests.worker.tasks import append
 
 
 @aque.task
@@ -47,8 +47,7 @@ def fail_after(_: Any, text: str = "no") -> None:
 
 @aque.task
 def note(path: str, line: str) -> None:
-    with Path(path).open("a") as file:
-        file.write(line + "\n")
+    append(path, line)
 
 
 @aque.task
@@ -98,7 +97,7 @@ def extends(self: Any, number: int) -> int:
 
 @aque.task(bind=True)
 def stamps(self: Any) -> Any:
-    return [self.request.stamped_headers, self.request.stamps, self.request.headers]
+    return [self.request.stamped_headers, self.request.stamps, (self.request.headers or {}).get("trace")]
 
 
 @aque.task
@@ -112,6 +111,11 @@ def plain_add(left: int, right: int) -> int:
     return left + right
 
 
+@shared_task(bind=True)
+def plain_replaced(self: Any, number: int) -> Any:
+    raise self.replace(chain(plain_add.s(number, 1), plain_add.s(1)))
+
+
 def _unreachable_by_name() -> Any:
     @aque_app.task(name="canvas.nested_plain", base=Task)
     def nested(value: int) -> list[int]:
@@ -121,3 +125,11 @@ def _unreachable_by_name() -> Any:
 
 
 registered_only = _unreachable_by_name()
+
+
+@aque.task
+def submits_after(task_id: int) -> int:
+    """A child that cannot run any more, and one with an error callback that is not needed."""
+    same.apply_async((1,), depends_on=task_id)
+    same.apply_async((2,), link_error=old_errback.s())
+    return task_id
