@@ -339,6 +339,7 @@ class Attempt:
         task = self.task
         return {
             **self.request.request_dict,
+            "headers": dict(task.extra.get("headers") or {}),  # else Celery takes for them whatever it does not know
             "aque_id": task.id,
             "aque_attempt": task.attempt,
             "aque_ignores": bool(task.extra.get("ignore_result")) and not task.dependents,
