@@ -11,6 +11,7 @@ from aque.store.engine import (
 )
 from aque.store.limits import LimitRow
 from aque.store.refusals import Refusal
+from aque.store.retention import Ages, Removed, Sizes
 from aque.store.store import (
     Finding,
     Finished,
@@ -26,6 +27,7 @@ from aque.store.store import (
 )
 
 __all__ = [
+    "Ages",
     "DatabaseError",
     "Finding",
     "Finished",
@@ -35,6 +37,8 @@ __all__ = [
     "Orders",
     "Refusal",
     "Released",
+    "Removed",
+    "Sizes",
     "Store",
     "StoredResult",
     "WorkerRow",

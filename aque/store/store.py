@@ -38,6 +38,7 @@ from aque.store.explanations import Explanations
 from aque.store.limits import Limits
 from aque.store.refusals import Refusals
 from aque.store.reservations import Reservations, ready_task
+from aque.store.retention import KNOWN_SECONDS, Retention, environment_id
 from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
 from aque.values import (
@@ -219,9 +220,11 @@ class Store:
         self.explanations = Explanations(self.dialect)
         self.changes = Changes(self.dialect)
         self.refusals = Refusals(self.dialect)
+        self.retention = Retention(engine)
         self._requirement_ids: dict[Requirement, int] = {}
+        self._looked_up: dict[Requirement, float] = {}  # when, in seconds since 1970
         self._requirements: dict[int, Requirement] = {}
-        self._environment_ids: set[str] = set()
+        self._environment_ids: dict[str, str] = {}  # by digest
         self._clock = (-math.inf, 0.0)
         self.run_times = RunTimes(self.dialect)
 
@@ -318,17 +321,22 @@ class Store:
         self.requirement_ids(connection, wanted)
         for content in {spec.environment for spec in specs if spec.environment}:
             digest = _digest(content)
-            if digest not in self._environment_ids:
-                connection.execute(sql.add_environment(self.dialect), {"id": digest, "content": content})
-                self._environment_ids.add(digest)
+            new = environment_id(digest, self.now(connection))
+            if self._environment_ids.get(digest) != new:
+                connection.execute(sql.add_environment(self.dialect), {"id": new, "content": content})
+                self._environment_ids[digest] = new
 
     def requirement_ids(self, connection: sa.Connection, wanted: Iterable[Requirement]) -> dict[Requirement, int]:
         """The classes of these requirements, made if there are none, outside of any transaction: see `intern`."""
         known = self._requirement_ids
         found = {}
         for requirement in wanted:
-            if requirement not in known:
+            # Not for ever: one that nobody has used for long may have been removed, see `retention`. By the wall clock,
+            # which goes on while the machine sleeps.
+            now = time.time()
+            if not 0 <= now - self._looked_up.get(requirement, -math.inf) < KNOWN_SECONDS:
                 known[requirement] = self._requirement_id(connection, requirement)
+                self._looked_up[requirement] = now
             found[requirement] = known[requirement]
         return found
 
@@ -416,7 +424,7 @@ class Store:
             spec.login,
             spec.cwd,
             spec.umask,
-            _digest(spec.environment) if spec.environment else None,
+            self._environment_ids[_digest(spec.environment)] if spec.environment else None,
             _json_list(spec.import_path) if spec.import_path else b"",
             _join(spec.io_paths or ()),
             spec.time_limit_seconds,
