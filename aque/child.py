@@ -157,16 +157,9 @@ def _run(
     if info is not None:
         raised = info.retval
         trace = getattr(value, "traceback", None) or "".join(traceback.format_exception(raised))
-        kind = f"{type(raised).__module__}.{type(raised).__qualname__}"
-        return False, str(Reason.EXCEPTION), codec.encode_error(kind, _text(raised), str(trace)), seconds
+        return False, str(Reason.EXCEPTION), codec.encode_exception(raised, str(trace)), seconds
     try:
         return True, codec.encode_result(value, result_limit_bytes), shown, seconds
     except ValueError as error:
         return False, str(Reason.NOT_STORABLE), codec.encode_error("ValueError", str(error)), seconds
 
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return f"(its text cannot be shown: {type(error).__name__}.__str__ raised)"

@@ -13,6 +13,7 @@ from aque.store.limits import LimitRow
 from aque.store.refusals import Refusal
 from aque.store.retention import Ages, Removed, Sizes
 from aque.store.store import (
+    Call,
     Finding,
     Finished,
     Kill,
@@ -28,6 +29,7 @@ from aque.store.store import (
 
 __all__ = [
     "Ages",
+    "Call",
     "DatabaseError",
     "Finding",
     "Finished",

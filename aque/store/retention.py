@@ -131,17 +131,20 @@ class Retention:
         after = -1
         while True:
             wanted = {"after": after, "below": below, "before": before, "limit": BATCH}
-            jobs = list(connection.execute(sql.old_jobs(), wanted).scalars())
-            if not jobs:
+            found = list(connection.execute(sql.old_jobs(), wanted).scalars())
+            if not found:
                 return
+            after = found[-1]
+            asked = {"ids": found, "before": before}
+            staying = set(connection.execute(sql.jobs_that_stay(self._dialect), asked).scalars())
+            jobs = [job for job in found if job not in staying]
             members = connection.execute(sql.members_of(self._dialect), {"ids": jobs}).scalars().all()
             # The job's own row last: as long as a member is there, so is its job.
-            for batch in [*_batches(members, BATCH), jobs]:
+            for batch in [*_batches(members, BATCH), *_batches(jobs, BATCH)]:
                 began = time.monotonic()
                 removed.tasks += self._delete_tasks(connection, batch, before)
                 if not pause(time.monotonic() - began):
                     return
-            after = jobs[-1]
 
     def _delete_tasks(self, connection: sa.Connection, ids: Sequence[int], before: float) -> int:
         with transaction(connection):

@@ -131,6 +131,18 @@ class StoredResult:
     finished_at: float | None
     value: bytes | None
     error: bytes | None
+    failed: int = 0  #: attempts
+    parent_id: int | None = None
+    has_children: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What Celery's extended results tell of a task beside its end."""
+
+    arguments: bytes | None  #: JSON of [args, kwargs]; None: not a function's
+    queue: str | None
+    worker: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -985,22 +997,28 @@ class Store:
 
     def stored_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
         """State, result and error of each of these tasks that there is."""
-        rows = connection.execute(sql.results(self.dialect), {"ids": list(ids)})
-        return {
-            row.id: StoredResult(
-                row.id,
-                row.name,
-                State(row.state),
-                None if row.reason is None else Reason(row.reason),
-                row.exit_code,
-                row.signal,
-                Pattern(row.pattern),
-                row.finished_at,
-                None if row.value is None else bytes(row.value),
-                None if row.error is None else bytes(row.error),
-            )
-            for row in rows
-        }
+        return _stored_results(connection.execute(sql.results(self.dialect), {"ids": list(ids)}))
+
+    def ended_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
+        """The same of those that are complete."""
+        return _stored_results(connection.execute(sql.ended_results(self.dialect), {"ids": list(ids)}))
+
+    def children_of(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, list[tuple[int, str | None]]]:
+        """The children of these tasks, as (id, Celery's id where a caller brought one)."""
+        found: dict[int, list[tuple[int, str | None]]] = {}
+        for row in connection.execute(sql.children_of(self.dialect), {"ids": list(ids)}):
+            found.setdefault(row.parent_id, []).append((row.id, row.celery_id))
+        return found
+
+    def told(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, tuple[str, bytes]]:
+        """The states of their own, with their JSON, that those of these tasks that run have told."""
+        rows = connection.execute(sql.told(self.dialect), {"ids": list(ids)})
+        return {row.task_id: (row.state, bytes(row.meta)) for row in rows}
+
+    def calls(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, Call]:
+        """What these tasks are calls of, and where they ran."""
+        rows = connection.execute(sql.calls(self.dialect), {"ids": list(ids)})
+        return {row.id: Call(_bytes(row.arguments), row.queue, row.worker) for row in rows}
 
     def ids_of(self, connection: sa.Connection, celery_ids: Sequence[str]) -> dict[str, int]:
         """The tasks that Celery knows by these ids: decimal ones, and those that a caller brought."""
@@ -1177,6 +1195,27 @@ def _claimed(row: Any, token: int) -> ClaimedTask:
         failed=row.failed,
         extra=json.loads(row.extra) if row.extra else {},
     )
+
+
+def _stored_results(rows: Iterable[Any]) -> dict[int, StoredResult]:
+    return {
+        row.id: StoredResult(
+            row.id,
+            row.name,
+            State(row.state),
+            None if row.reason is None else Reason(row.reason),
+            row.exit_code,
+            row.signal,
+            Pattern(row.pattern),
+            row.finished_at,
+            _bytes(row.value),
+            _bytes(row.error),
+            row.failed,
+            row.parent_id,
+            bool(row.has_children),
+        )
+        for row in rows
+    }
 
 
 def _bytes(value: Any) -> bytes | None:

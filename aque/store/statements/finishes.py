@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
+from aque.states import ACTIVE_STATES, COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
 from aque.store.engine import closure, one_of, row_set, wall_clock
 from aque.store.statements.claims import READY_COLUMNS
 from aque.store.statements.common import (
@@ -19,7 +19,7 @@ from aque.store.statements.common import (
     is_state,
     locked_in_order,
 )
-from aque.store.tables import attempt, edge, output, result, task
+from aque.store.tables import attempt, edge, output, payload, progress, requirement, result, task, worker
 from aque.values import Condition
 
 #: What the table is told of an outcome.
@@ -287,6 +287,7 @@ def append_output(dialect: str) -> Statement:
 @cache
 def results(dialect: str) -> Statement:
     """State, result and error of these tasks (`ids`)."""
+    child = task.alias("child")
     return (
         sa.select(
             task.c.id,
@@ -295,13 +296,58 @@ def results(dialect: str) -> Statement:
             task.c.name,
             task.c.pattern,
             task.c.attempt,
+            task.c.failed,
+            task.c.parent_id,
             task.c.exit_code,
             task.c.signal,
             task.c.finished_at,
+            sa.exists().where(child.c.parent_id == task.c.id).correlate(task).label("has_children"),
             result.c.value,
             result.c.error,
         )
         .select_from(task.outerjoin(result, result.c.task_id == task.c.id))
+        .where(one_of(dialect, task.c.id, "ids"))
+    )
+
+
+@cache
+def ended_results(dialect: str) -> Statement:
+    """The same of those that are complete."""
+    return results(dialect).where(in_states(COMPLETE_STATES))
+
+
+@cache
+def children_of(dialect: str) -> Statement:
+    """The children of these tasks (`ids`), by their parents."""
+    return (
+        sa.select(task.c.parent_id, task.c.id, task.c.celery_id)
+        .where(one_of(dialect, task.c.parent_id, "ids"))
+        .order_by(task.c.id)
+    )
+
+
+@cache
+def told(dialect: str) -> Statement:
+    """What those of these tasks (`ids`) that run now have told of themselves in this attempt."""
+    return (
+        sa.select(progress.c.task_id, progress.c.state, progress.c.meta)
+        .select_from(
+            progress.join(task, sa.and_(task.c.id == progress.c.task_id, task.c.attempt == progress.c.attempt))
+        )
+        .where(one_of(dialect, task.c.id, "ids"), in_states(ACTIVE_STATES))
+    )
+
+
+@cache
+def calls(dialect: str) -> Statement:
+    """What these tasks (`ids`) are calls of, and where they ran."""
+    return (
+        sa.select(task.c.id, payload.c.arguments, requirement.c.queue, worker.c.name.label("worker"))
+        .select_from(
+            task.outerjoin(payload, payload.c.task_id == task.c.id)
+            .outerjoin(requirement, requirement.c.id == task.c.requirement_id)
+            .outerjoin(worker, worker.c.id == task.c.worker_id)
+        )
         .where(one_of(dialect, task.c.id, "ids"))
     )
 

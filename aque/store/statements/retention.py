@@ -98,16 +98,27 @@ def _between(column: Any) -> sa.ColumnElement[bool]:
 
 @cache
 def old_jobs() -> Statement:
-    """The first `limit` jobs, with ids between `after` and `below`, that ended before `before` with all their members and
-    that nothing needs."""
-    member = task.alias("member")
-    stays = sa.exists().where(member.c.job_id == task.c.id, member.c.job_id != member.c.id, sa.not_(_may_go(member)))
+    """The first `limit` jobs, with ids between `after` and `below`, that ended before `before`; see `jobs_that_stay`."""
     return (
         sa.select(task.c.id)
-        .where(_between(task.c.id), task.c.job_id == task.c.id, _may_go(), sa.not_(stays.correlate(task)))
+        .where(_between(task.c.id), task.c.job_id == task.c.id, _is_over())
         .order_by(task.c.id)
         .limit(sa.bindparam("limit", type_=sa.Integer))
     )
+
+
+@cache
+def jobs_that_stay(dialect: str) -> Statement:
+    """Those of these jobs (`ids`) that did not end before `before` with all their members, or that something needs.
+
+    Apart from `old_jobs`: together PostgreSQL plans them as joins of whole tables (0.4 s for each batch of 100,000 tasks).
+    """
+    member = task.alias("member")
+    heads = sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"), sa.not_(_may_go()))
+    members = sa.select(member.c.job_id).where(
+        one_of(dialect, member.c.job_id, "ids"), member.c.job_id != member.c.id, sa.not_(_may_go(member))
+    )
+    return heads.union(members)
 
 
 @cache
@@ -300,6 +311,7 @@ __all__ = [
     "first_from",
     "forget_workers",
     "id_range",
+    "jobs_that_stay",
     "lock_if_complete",
     "mark_cut",
     "may_go",
