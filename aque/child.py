@@ -162,4 +162,3 @@ def _run(
         return True, codec.encode_result(value, result_limit_bytes), shown, seconds
     except ValueError as error:
         return False, str(Reason.NOT_STORABLE), codec.encode_error("ValueError", str(error)), seconds
-

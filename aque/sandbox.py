@@ -100,8 +100,8 @@ def _answer(text: "bytes") -> "Answer":
     if value is not None:
         json.loads(value)  # it goes into the table as it is
     fields = {name: str(error.get(name, ""))[-ERROR_TEXT_LIMIT:] for name in ("type", "message", "traceback")}
-    recipe = {name: error.get(name) for name in ("module", "args", "state")}
-    if all(isinstance(part, str) and len(part) <= ERROR_TEXT_LIMIT for part in recipe.values()):
+    recipe = {name: str(error.get(name, "")) for name in ("module", "args", "state")}
+    if all(0 < len(part) <= ERROR_TEXT_LIMIT for part in recipe.values()):
         fields.update(recipe)
     encoded = None if value is None else value.encode()
     return Answer(str(reason), encoded, fields, str(found.get("shown", ""))[:1024], float(seconds))

@@ -229,4 +229,3 @@ class Waiter(Generic[T]):
             if self._bell is not None:
                 self._bell.close()
                 self._bell = None
-

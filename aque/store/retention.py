@@ -106,9 +106,7 @@ class Retention:
             removed.classes = self._clean_classes(connection, now)
             removed.environments = self._clean_environments(connection, now)
             if ages.task_seconds:
-                removed.workers = connection.execute(
-                    sql.forget_workers(), {"before": now - ages.task_seconds}
-                ).rowcount
+                removed.workers = connection.execute(sql.forget_workers(), {"before": now - ages.task_seconds}).rowcount
         return removed
 
     def sizes(self) -> Sizes:

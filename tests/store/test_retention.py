@@ -38,9 +38,7 @@ OUTPUT = Ages(output_seconds=14 * DAY)
 def make_older(store: Store, days: float, task_ids: Sequence[int] | None = None) -> None:
     """Let everything, or these tasks, have happened so many days earlier."""
     seconds = days * DAY
-    aged = sa.update(task).values(
-        submitted_at=task.c.submitted_at - seconds, finished_at=task.c.finished_at - seconds
-    )
+    aged = sa.update(task).values(submitted_at=task.c.submitted_at - seconds, finished_at=task.c.finished_at - seconds)
     with store.begin() as connection:
         connection.execute(aged if task_ids is None else aged.where(task.c.id.in_(task_ids)))
 

@@ -13,7 +13,7 @@ from aque.store.statements.common import (
 )
 from aque.store.statements.retention import OF_TASK
 from aque.store.tables import edge, environment, limit, payload, requirement, task, token, worker
-from aque.values import Condition, Pattern
+from aque.values import Children, Condition, Pattern
 
 
 def checks(dialect: str) -> dict[str, sa.Select[Any]]:
@@ -33,6 +33,14 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         sa.select(sa.func.count())
         .select_from(edge)
         .where(edge.c.downstream == task.c.id, sa.not_(edge.c.satisfied))
+        .correlate(task)
+        .scalar_subquery()
+    )
+    child = task.alias("child")
+    open_children = (
+        sa.select(sa.func.count())
+        .select_from(child)
+        .where(child.c.parent_id == task.c.id, child.c.state.not_in(complete))
         .correlate(task)
         .scalar_subquery()
     )
@@ -73,7 +81,13 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
             task.c.dependents != edges_out
         ),
         "I7 unmet is the number of open dependencies": sa.select(task.c.id).where(
-            unfinished, task.c.unmet != open_edges
+            unfinished, task.c.unmet != open_edges + sa.case((task.c.not_before.is_not(None), 1), else_=0)
+        ),
+        "I7 children_left is the number of open children": sa.select(task.c.id).where(
+            task.c.children_left != sa.case((task.c.children == Children.DETACH, 0), else_=open_children)
+        ),
+        "I7 a task waits for its children exactly while there are open ones": sa.select(task.c.id).where(
+            is_state(State.WAITING), task.c.children_left == 0
         ),
         "I7 a dependency is satisfied exactly if its upstream task ended so": sa.select(edge.c.downstream)
         .select_from(edge.join(upstream, upstream.c.id == edge.c.upstream).join(task, task.c.id == edge.c.downstream))
@@ -107,7 +121,9 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         .where(payload.c.environment_id.is_not(None), environment.c.id.is_(None)),
         "I1 what belongs to a task goes with it": sa.union(
             *[sa.select(column).where(sa.not_(sa.exists().where(task.c.id == column))) for column in OF_TASK]
-        ).subquery("left_over").select(),
+        )
+        .subquery("left_over")
+        .select(),
         "I1 an edge joins two tasks": sa.select(edge.c.downstream)
         .select_from(
             edge.outerjoin(upstream, upstream.c.id == edge.c.upstream).outerjoin(task, task.c.id == edge.c.downstream)
