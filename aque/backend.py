@@ -1,5 +1,7 @@
 """Celery's result backend over the table: `.get()`, `.state`, `GroupResult`. It reads; only workers write."""
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -8,9 +10,10 @@ from typing import Any
 from celery.backends.base import BaseBackend as CeleryBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import AsyncResult
+from celery.states import PROPAGATE_STATES
 
 from aque import codec
-from aque.errors import UnknownTask
+from aque.errors import StoreError, UnknownTask
 from aque.farm import farm_of
 from aque.states import ACTIVE_STATES, CELERY_STATE, COMPLETE_STATES, State
 from aque.store import Call, Store, StoredResult
@@ -22,6 +25,10 @@ _waiters: dict[Store, Waiter[StoredResult]] = {}
 
 #: Ids that are not in the table, and that are waited for nevertheless, are looked for so often.
 UNKNOWN_SECONDS = 0.25
+#: Results that come to be watched while others are, are watched at the latest after so long.
+WATCH_SECONDS = 0.25
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(CeleryBackend):
@@ -32,6 +39,9 @@ class Backend(CeleryBackend):
 
     def __init__(self, app: Any = None, url: str | None = None, **options: Any) -> None:
         super().__init__(app=app, url=url, **options)
+        self._watched: dict[str, list[AsyncResult]] = {}
+        self._watching = False
+        self._watch_lock = threading.Lock()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -177,6 +187,49 @@ class Backend(CeleryBackend):
                 n = len(names) + len(unknown)
                 what = f"task {celery_ids[0]} was" if len(celery_ids) == 1 else f"{n} of {len(celery_ids)} tasks were"
                 raise CeleryTimeoutError(f"{what} not complete after {timeout} seconds.")
+
+    def watch(self, result: AsyncResult) -> None:
+        """Let `result` know when its task has ended, from a thread: one for all that are watched, as long as there are any."""
+        with self._watch_lock:
+            self._watched.setdefault(str(result.id), []).append(result)
+            if self._watching:
+                return
+            self._watching = True
+        threading.Thread(target=self._watch, name="aque-results", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            with self._watch_lock:
+                ids = list(self._watched)
+                if not ids:
+                    self._watching = False
+                    return
+            try:
+                for meta in self._wait(ids, WATCH_SECONDS, None):
+                    self._tell(meta)
+            except CeleryTimeoutError:
+                pass  # others may have come to be watched
+            except UnknownTask as error:
+                with self._watch_lock:
+                    for task_id in error.ids:
+                        self._watched.pop(str(task_id), None)
+            except StoreError:
+                time.sleep(WATCH_SECONDS)
+            except Exception:
+                logger.exception("watching results failed")
+                time.sleep(WATCH_SECONDS)
+
+    def _tell(self, meta: dict[str, Any]) -> None:
+        with self._watch_lock:
+            results = self._watched.pop(meta["task_id"], ())
+        for result in results:
+            try:
+                result._maybe_set_cache(dict(meta))
+                if meta["status"] in PROPAGATE_STATES:
+                    result.maybe_throw()
+            except Exception as error:
+                if error is not meta["result"]:
+                    logger.exception("a callback of task %s failed", meta["task_id"])
 
     def _waiter(self, store: Store) -> Waiter[StoredResult]:
         """One waiter per store: a process has one listener, however many of its threads wait."""

@@ -18,6 +18,8 @@ from aque.store.engine import Engine, table_bytes, transaction
 
 #: Tasks in one transaction.
 BATCH = 500
+#: Tasks that are looked at in one query.
+WINDOW = 2000
 #: Tasks whose output goes in one transaction: it may be megabytes each.
 OUTPUT_BATCH = 50
 #: A requirement class that nobody can find any more is removed after so long: submitters look theirs up again every
@@ -128,14 +130,17 @@ class Retention:
         below = self._first_since(connection, before)
         after = -1
         while True:
-            wanted = {"after": after, "below": below, "before": before, "limit": BATCH}
-            found = list(connection.execute(sql.old_jobs(), wanted).scalars())
+            wanted = {"after": after, "below": below, "before": before, "limit": WINDOW}
+            found = connection.execute(sql.window(), wanted).all()
             if not found:
                 return
-            after = found[-1]
-            asked = {"ids": found, "before": before}
+            after = found[-1].id
+            old = [row.id for row in found if row.is_old_job]
+            if not old:
+                continue
+            asked = {"ids": old, "before": before}
             staying = set(connection.execute(sql.jobs_that_stay(self._dialect), asked).scalars())
-            jobs = [job for job in found if job not in staying]
+            jobs = [job for job in old if job not in staying]
             members = connection.execute(sql.members_of(self._dialect), {"ids": jobs}).scalars().all()
             # The job's own row last: as long as a member is there, so is its job.
             for batch in [*_batches(members, BATCH), *_batches(jobs, BATCH)]:
