@@ -3,7 +3,7 @@
 import click
 
 from aque.cli.farm import Farm, open_farm
-from aque.cli.show import as_json, count, escape, span
+from aque.cli.show import as_json, count, escape, size, span
 from aque.store import Finding, Sizes, WorkerRow, schema
 
 

@@ -35,6 +35,8 @@ OF_TASK = (
     refusal.c.task_id,
 )
 
+_COMPLETE = [sa.literal_column(f"'{state}'") for state in sorted(COMPLETE_STATES)]
+
 
 @cache
 def id_range() -> Statement:
@@ -56,7 +58,7 @@ def first_from() -> Statement:
 def _is_over(of: Any = task) -> sa.ColumnElement[bool]:
     """It has ended before `before`."""
     return sa.and_(
-        of.c.state.in_([sa.literal_column(f"'{state}'") for state in sorted(COMPLETE_STATES)]),
+        of.c.state.in_(_COMPLETE),
         of.c.finished_at < sa.bindparam("before", type_=sa.Double),
     )
 
@@ -78,7 +80,7 @@ def _has_open_parent(of: Any = task) -> sa.ColumnElement[bool]:
 
 
 def _is_open(of: Any) -> sa.ColumnElement[bool]:
-    return of.c.state.not_in([state.value for state in sorted(COMPLETE_STATES)])
+    return of.c.state.not_in(_COMPLETE)
 
 
 def _exists(found: Any, of: Any) -> sa.ColumnElement[bool]:
