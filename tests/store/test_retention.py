@@ -2,18 +2,25 @@
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from celery import Celery
 
+from aque import settings
+from aque.cleaner import Cleaner
 from aque.errors import UnknownTask
 from aque.states import State
 from aque.store import Ages, Store
 from aque.store import retention as module
 from aque.store.tables import environment, output, requirement, result, task
 from aque.values import Outcome, Requirement, TaskSpec
+from aque.worker import ages
+from tests.servers import wait_until
 from tests.store.farm import (
     COMMAND,
     GROUP,
@@ -237,6 +244,47 @@ def test_many_old_tasks_go_while_a_worker_goes_on(store: Store) -> None:
     assert removed.tasks == n
     assert during > 5
     assert sorted(states(store)) == sorted(ran)
+
+
+# -- who cleans -----------------------------------------------------------------------------------------------------------
+
+
+def test_of_all_live_workers_the_oldest_cleans(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aque.cleaner.PERIOD_SECONDS", 0.02)
+    oldest, other = worker(store), worker(store)
+    ended(store, 3)
+    make_older(store, 100)
+    cleaners = [Cleaner(store, other, TASKS), Cleaner(store, oldest, TASKS)]
+    try:
+        cleaners[0].start()
+        looked = threading.Event()
+        monkeypatch.setattr(cleaners[0], "_is_mine", both(cleaners[0]._is_mine, looked.set))
+        assert looked.wait(60) and len(states(store)) == 3
+        cleaners[1].start()
+        wait_until(lambda: not states(store), 60, "the oldest has cleaned")
+    finally:
+        for cleaner in cleaners:
+            cleaner.stop()
+
+
+def both(first: Callable[[], bool], second: Callable[[], None]) -> Callable[[], bool]:
+    def call() -> bool:
+        found = first()
+        second()
+        return found
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("celery", "own", "expected"),
+    [({}, 0.0, 0.0), ({"result_expires": 60}, 0.0, 60.0), ({"result_expires": timedelta(hours=1)}, 5.0, 5.0),
+     ({"result_expires": None}, 0.0, 0.0)],
+)  # fmt: skip
+def test_celerys_result_expires_counts_where_the_app_sets_it(celery: Any, own: float, expected: float) -> None:
+    app = Celery(set_as_current=False)
+    app.conf.update(celery)
+    assert ages(settings.Settings(result_retention_seconds=own), app).value_seconds == expected
 
 
 # -- what tasks share -----------------------------------------------------------------------------------------------------
