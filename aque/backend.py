@@ -19,6 +19,7 @@ from aque.states import ACTIVE_STATES, CELERY_STATE, COMPLETE_STATES, State
 from aque.store import Call, Store, StoredResult
 from aque.values import Pattern
 from aque.waiter import Waiter
+from aque.within import giving_way
 
 #: Stores stay open as long as the process, and a forked child opens its own.
 _waiters: dict[Store, Waiter[StoredResult]] = {}
@@ -129,12 +130,11 @@ class Backend(CeleryBackend):
     ) -> Any:
         """Block until the task of `result` is complete; raises Celery's TimeoutError, UnknownTask, or what the task did."""
         self._ensure_not_eager()
-        for meta in self._wait([result.id], timeout, on_interval):
-            if on_message is not None:
-                on_message(meta)
-            result._maybe_set_cache(meta)
-            return result.maybe_throw(propagate=propagate, callback=callback)
-        raise AssertionError  # it has ended, or `_wait` raises
+        (meta,) = self._wait([result.id], timeout, on_interval)
+        if on_message is not None:
+            on_message(meta)
+        result._maybe_set_cache(meta)
+        return result.maybe_throw(propagate=propagate, callback=callback)
 
     def iter_native(
         self,
@@ -167,12 +167,12 @@ class Backend(CeleryBackend):
             unknown = [i for i in unknown if ids.get(i) not in existing]
             names |= {task_id: name for name, task_id in ids.items() if task_id in existing}
             if unknown and farm.settings.unknown_result != "wait":
-                raise UnknownTask(unknown, "It cannot be waited for." if len(unknown) == 1 else "They cannot be.")
+                raise UnknownTask(unknown, f"{'It' if len(unknown) == 1 else 'They'} cannot be waited for.")
             left = None if end is None else max(0.0, end - time.monotonic())
             step = left if not unknown else UNKNOWN_SECONDS if left is None else min(left, UNKNOWN_SECONDS)
             if unknown and not names:
                 time.sleep(step or 0)
-            for done in self._waiter(store).wait(names, step):
+            for done in giving_way(self._waiter(store).wait(names, step)):
                 if on_interval is not None:
                     on_interval()
                 if done:
