@@ -253,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.waiting", description=__doc__)
     parser.add_argument("--results", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--only", choices=["postgresql", "sqlite", "redis"], action="append")
     parser.add_argument("--seconds", type=float, default=15, help="of each phase (default: 15)")
     parser.add_argument("--wait-for", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -261,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     forget_settings()
     print(f"{options.results} results, {options.clients} clients, load {os.getloadavg()[0]:.1f}", flush=True)
-    for kind in (OnPostgreSQL, OnSQLite, OnRedis):
+    kinds = {"postgresql": OnPostgreSQL, "sqlite": OnSQLite, "redis": OnRedis}
+    for kind in [kind for name, kind in kinds.items() if name in (options.only or kinds)]:
         with ExitStack() as stack:
             directory = private_directory("waiting", None)
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
