@@ -10,7 +10,6 @@ from typing import Any
 from celery.backends.base import BaseBackend as CeleryBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import AsyncResult
-from celery.states import PROPAGATE_STATES
 
 from aque import codec
 from aque.errors import StoreError, UnknownTask
@@ -224,12 +223,9 @@ class Backend(CeleryBackend):
             results = self._watched.pop(meta["task_id"], ())
         for result in results:
             try:
-                result._maybe_set_cache(dict(meta))
-                if meta["status"] in PROPAGATE_STATES:
-                    result.maybe_throw()
-            except Exception as error:
-                if error is not meta["result"]:
-                    logger.exception("a callback of task %s failed", meta["task_id"])
+                result._maybe_set_cache(dict(meta))  # which calls back
+            except Exception:
+                logger.exception("a callback of task %s failed", meta["task_id"])
 
     def _waiter(self, store: Store) -> Waiter[StoredResult]:
         """One waiter per store: a process has one listener, however many of its threads wait."""

@@ -64,8 +64,8 @@ class Handle(AsyncResult):
         return found[self.id]
 
     def then(self, callback: Callable[..., Any], on_error: Callable[..., Any] | None = None, weak: bool = False) -> Any:
-        """Call back with this result when the task has succeeded, or `on_error` with its exception: in a thread of the backend,
-        or in whoever asks for the result before that."""
+        """Call back with this result when the task has ended, however it did, as in Celery: in a thread of the backend, or in
+        whoever asks for the result before that. `on_error`: for what the callback raises."""
         made = super().then(callback, on_error, weak)
         if not isinstance(callback, barrier):  # of a ResultSet, which wants to know when others ask
             self.backend.watch(self)

@@ -73,7 +73,8 @@ class Waiter(Generic[T]):
     def __init__(self, store: Store, look: Callable[[Any, Iterable[int]], Mapping[int, T]]) -> None:
         self._store = store
         self._ended = look
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may end a wait that nobody goes on with, in whichever thread it runs.
+        self._lock = threading.RLock()
         self._waits: list[_Wait[T]] = []
         self._leader: _Wait[T] | None = None
         self._bell: Doorbell | None = None
@@ -120,21 +121,22 @@ class Waiter(Generic[T]):
         """Until something of `wait` is done, `end` has come, or a second is over."""
         until = time.monotonic() + SAFETY_SECONDS
         until = until if end is None else min(until, end)
-        with self._lock:
-            wait.follows = True
-            while self._leader is not None and not wait.done and time.monotonic() < until:
-                wait.wake.wait(until - time.monotonic())
-            wait.follows = False
-            if wait.done or self._leader is not None:
-                return
-            self._leader = wait
         try:
+            with self._lock:
+                wait.follows = True
+                while self._leader is not None and not wait.done and time.monotonic() < until:
+                    wait.wake.wait(until - time.monotonic())
+                wait.follows = False
+                if wait.done or self._leader is not None:
+                    return
+                self._leader = wait
             self._lead(wait, until)
         finally:
             with self._lock:
-                self._leader = None
-                if heir := next((w for w in self._waits if w.follows and not w.done), None):
-                    heir.wake.notify()
+                if self._leader is wait:
+                    self._leader = None
+                    if heir := next((w for w in self._waits if w.follows and not w.done), None):
+                        heir.wake.notify()
 
     def _lead(self, wait: _Wait[T], until: float) -> None:
         while not wait.done:

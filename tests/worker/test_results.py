@@ -179,10 +179,11 @@ def test_a_set_of_results_joins_in_order_and_iterates_as_they_come(farm: Farm) -
 
 def test_then_calls_back_without_anybody_waiting(farm: Farm) -> None:
     called: list[Any] = []
-    tasks.add.delay(1, 2).then(lambda result: called.append(result.result))
-    tasks.fail.delay().then(called.append, on_error=lambda error: called.append(str(error)))
+    good, bad = tasks.add.delay(1, 2), tasks.fail.delay()
+    for task in (good, bad):
+        task.then(lambda result: called.append((result.id, result.state)))
     wait_until(lambda: len(called) == 2, LIMIT, "both were called")
-    assert 3 in called
+    assert sorted(called) == sorted([(good.id, "SUCCESS"), (bad.id, "FAILURE")])
 
 
 # -- what a result tells --------------------------------------------------------------------------------------------------
