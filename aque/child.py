@@ -207,26 +207,19 @@ def _not_succeeded(info: Any, value: Any, seconds: float) -> Answer:
     if isinstance(raised, Reject) and raised.requeue:
         return "again", (0.0, None, False, codec.encode_error("", "rejected and requeued", trace)), seconds
     if isinstance(raised, Reject):
-        return "withdrawn", (str(Reason.REJECTED), _text(raised)), seconds
+        return "withdrawn", (str(Reason.REJECTED), codec.text_of(raised)), seconds
     if isinstance(raised, Ignore):
-        return "withdrawn", (str(Reason.IGNORED), _text(raised)), seconds
-    kind = f"{type(raised).__module__}.{type(raised).__qualname__}"
-    return _error(Reason.EXCEPTION, codec.encode_error(kind, _text(raised), trace), seconds)
+        return "withdrawn", (str(Reason.IGNORED), codec.text_of(raised)), seconds
+    return _error(Reason.EXCEPTION, codec.encode_exception(raised, trace), seconds)
 
 
 def _again(again: Again, trace: str, seconds: float) -> Answer:
-    raised = again.exc if isinstance(again.exc, BaseException) else None
-    kind = "" if raised is None else f"{type(raised).__module__}.{type(raised).__qualname__}"
-    error = codec.encode_error(kind, _text(raised or again), trace)
+    if isinstance(again.exc, BaseException):
+        error = codec.encode_exception(again.exc, trace)
+    else:
+        error = codec.encode_error("", codec.text_of(again), trace)
     return "again", (again.after_seconds, again.arguments, True, error), seconds
 
 
 def _error(reason: Reason, error: bytes, seconds: float) -> Answer:
     return "error", (str(reason), error), seconds
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return f"(its text cannot be shown: {type(error).__name__}.__str__ raised)"

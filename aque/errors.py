@@ -124,3 +124,10 @@ class TaskSkipped(TaskError):
 
 class TaskLost(TaskError):
     """The workers that ran the task died, as often as is allowed."""
+
+
+class RemoteTraceback(Exception):
+    """The cause of an exception that was raised elsewhere: the traceback there, as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"

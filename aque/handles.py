@@ -1,11 +1,12 @@
 """The handle that stands for a submitted task, and what every way to submit one needs: options, dependencies, ids."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 from celery import Celery
 from celery.result import AsyncResult
+from vine import barrier
 
 from aque import codec, control
 from aque.backend import Backend
@@ -61,6 +62,14 @@ class Handle(AsyncResult):
         if self.id not in found:
             raise UnknownTask([self.id], "It cannot be used.")
         return found[self.id]
+
+    def then(self, callback: Callable[..., Any], on_error: Callable[..., Any] | None = None, weak: bool = False) -> Any:
+        """Call back with this result when the task has ended, however it did, as in Celery: in a thread of the backend, or in
+        whoever asks for the result before that. `on_error`: for what the callback raises."""
+        made = super().then(callback, on_error, weak)
+        if not isinstance(callback, barrier):  # of a ResultSet, which wants to know when others ask
+            self.backend.watch(self)
+        return made
 
     def kill(
         self,

@@ -306,7 +306,7 @@ class Attempt:
                 State.SUCCESS, value=answer.value, shown=answer.shown, seconds=answer.seconds, cut=ended.truncated
             )
         else:
-            stored = codec.encode_error(answer.error["type"], answer.error["message"], answer.error["traceback"])
+            stored = codec.encode_error(**answer.error)
             self._end(State.ERROR, Reason(answer.reason), error=stored, seconds=answer.seconds, cut=ended.truncated)
 
     # -- a function ---------------------------------------------------------------------------------------------------
@@ -666,7 +666,7 @@ def _host_failure(task: ClaimedTask, reason: Reason, why: str) -> HostFailure:
 
 
 def _error(error: BaseException) -> bytes:
-    return codec.encode_error(f"{type(error).__module__}.{type(error).__qualname__}", str(error))
+    return codec.encode_exception(error)
 
 
 def _shown_arguments(task: ClaimedTask) -> tuple[Any, Any, dict[str, Any]]:

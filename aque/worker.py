@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from celery.worker import state as celery_state
 from aque import machine, reload, restart
 from aque.assignments import Assignments
 from aque.chooser import Place, runs_in_pool
+from aque.cleaner import Cleaner
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
@@ -29,7 +31,7 @@ from aque.runner import Attempt, Runner
 from aque.scheduler import Scheduler
 from aque.settings import Settings
 from aque.signals import WorkerSignals
-from aque.store import DatabaseError, Store
+from aque.store import Ages, DatabaseError, Store
 from aque.taskserver import TaskServer
 from aque.values import ClaimedTask, Outcome, WorkerInfo
 from aque.version import __version__
@@ -78,6 +80,8 @@ class AqueWorker:
         self.ledger = Ledger(self.whole)
         self.eventer = EventQueue(worker.app, worker.hostname)
         self.heartbeat: Heartbeat | None = None
+        self.cleaner: Cleaner | None = None
+        self.ages = ages(settings, worker.app)
         self.tags = parse_tags(settings.tags)
         place = Place(
             socket.gethostname(),
@@ -144,6 +148,8 @@ class AqueWorker:
         self.line.start()
         self.scheduler.start()
         self.heartbeat.start()
+        self.cleaner = Cleaner(self.store, self.worker_id, self.ages)
+        self.cleaner.start()
         if self.reloader is not None:
             self.reloader.start()
 
@@ -170,6 +176,8 @@ class AqueWorker:
         self.scheduler.freeze(FLUSH_SECONDS)
         if self.heartbeat is not None:
             self.heartbeat.stop()
+        if self.cleaner is not None:
+            self.cleaner.stop()
         self.line.stop()
         self.eventer.stop(1.0)
         attempts = self.scheduler.attempts()
@@ -260,6 +268,8 @@ class AqueWorker:
         """Others have this worker's tasks: kill them here, and go on as a new worker."""
         worker_id = self.register(self.scheduler.is_drained)
         self.scheduler.lost(worker_id)
+        if self.cleaner is not None:
+            self.cleaner.worker_id = worker_id
         return worker_id
 
     def serve(self, queues: frozenset[str]) -> None:
@@ -275,6 +285,8 @@ class AqueWorker:
         self.line.stop()
         if self.heartbeat is not None:
             self.heartbeat.stop()
+        if self.cleaner is not None:
+            self.cleaner.stop()
         self.commands.stop()
         self.eventer.stop(1.0)
         try:
@@ -388,6 +400,18 @@ class AqueWorker:
                 release()
 
         self.ledger.in_turn(need, start)
+
+
+def ages(settings: Settings, app: Any) -> Ages:
+    """How long what is kept. Celery's `result_expires` counts where the app sets it: its default of a day does not."""
+    expires = app.conf.result_expires if app.conf.value_set_for("result_expires") else 0
+    celery_seconds = expires.total_seconds() if isinstance(expires, timedelta) else float(expires or 0)
+    return Ages(
+        settings.output_retention_seconds,
+        settings.result_retention_seconds or max(0.0, celery_seconds),
+        settings.task_retention_seconds,
+        settings.output_quota_bytes,
+    )
 
 
 def _whole(settings: Settings, pool: Any) -> Capacity:

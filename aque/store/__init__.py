@@ -12,7 +12,9 @@ from aque.store.engine import (
 )
 from aque.store.limits import LimitRow
 from aque.store.refusals import Refusal
+from aque.store.retention import Ages, Removed, Sizes
 from aque.store.store import (
+    Call,
     Finding,
     Finished,
     Inherited,
@@ -29,6 +31,8 @@ from aque.store.store import (
 )
 
 __all__ = [
+    "Ages",
+    "Call",
     "DatabaseError",
     "Finding",
     "Finished",
@@ -40,6 +44,8 @@ __all__ = [
     "Orders",
     "Refusal",
     "Released",
+    "Removed",
+    "Sizes",
     "Store",
     "StoredResult",
     "WorkerRow",

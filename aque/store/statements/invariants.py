@@ -11,7 +11,8 @@ from aque.store.statements.common import (
     Statement,
     is_state,
 )
-from aque.store.tables import edge, limit, payload, requirement, task, token, worker
+from aque.store.statements.retention import OF_TASK
+from aque.store.tables import edge, environment, limit, payload, requirement, task, token, worker
 from aque.values import Children, Condition, Pattern
 
 
@@ -112,6 +113,17 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         "I1 a task has a payload": sa.select(task.c.id)
         .select_from(task.outerjoin(payload, payload.c.task_id == task.c.id))
         .where(payload.c.task_id.is_(None), task.c.pattern != Pattern.GROUP),
+        "I1 a task has its requirement class": sa.select(task.c.id)
+        .select_from(task.outerjoin(requirement, requirement.c.id == task.c.requirement_id))
+        .where(task.c.requirement_id.is_not(None), requirement.c.id.is_(None)),
+        "I1 a task has its environment": sa.select(payload.c.task_id)
+        .select_from(payload.outerjoin(environment, environment.c.id == payload.c.environment_id))
+        .where(payload.c.environment_id.is_not(None), environment.c.id.is_(None)),
+        "I1 what belongs to a task goes with it": sa.union(
+            *[sa.select(column).where(sa.not_(sa.exists().where(task.c.id == column))) for column in OF_TASK]
+        )
+        .subquery("left_over")
+        .select(),
         "I1 an edge joins two tasks": sa.select(edge.c.downstream)
         .select_from(
             edge.outerjoin(upstream, upstream.c.id == edge.c.upstream).outerjoin(task, task.c.id == edge.c.downstream)
