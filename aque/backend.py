@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from celery.app.backends import BACKEND_ALIASES
 from celery.backends.base import BaseBackend as CeleryBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.states import READY_STATES
@@ -16,6 +17,9 @@ from aque.states import CELERY_STATE, COMPLETE_STATES, State
 from aque.store import StoredResult
 from aque.values import Pattern
 from aque.waiter import Waiter
+
+#: So that a `result_backend` can be `aque+` and the URL of a store.
+BACKEND_ALIASES["aque"] = "aque.backend:Backend"
 
 _waiters = threading.local()
 

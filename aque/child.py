@@ -1,4 +1,4 @@
-"""What a child of the process pool does with one Python task: import the function, run it, encode its end.
+"""What a child of the process pool, or a thread, does with one Python task: import the function, run it, encode its end.
 
 Only plain bytes and texts go back to the worker: it never unpickles or imports what a task made.
 """
@@ -17,7 +17,7 @@ from celery import Celery, Task, current_app
 from celery.app.trace import build_tracer
 from celery.local import Proxy
 
-from aque import codec, contain
+from aque import codec, contain, current
 from aque.states import Reason
 
 #: (True, encoded result or None, its repr for events, seconds), or (False, reason, encoded error, seconds).
@@ -26,16 +26,14 @@ Answer = tuple[bool, Any, Any, float]
 Used = tuple[float, int, int, int] | None
 ChildResult = tuple[bool, Any, Any, float, Used]
 
-_loaded: dict[str, Task] = {}
-
-
 class CannotImport(Exception):
     """The function cannot be loaded by its name in this process."""
 
 
 def load(function: str, app: Celery) -> Task:
     """The Celery task behind "module:qualname"; a plain function becomes one. Raises CannotImport."""
-    if (found := _loaded.get(function)) is not None:
+    loaded: dict[str, Task] = vars(app).setdefault("aque_loaded", {})  # the app's own: they refer to it
+    if (found := loaded.get(function)) is not None:
         return found
     module_name, _, qualname = function.partition(":")
     try:
@@ -52,7 +50,7 @@ def load(function: str, app: Celery) -> Task:
         target = app._task_from_fun(_plain(target), name=function.replace(":", "."), ignore_result=True)
     if target.__trace__ is None:
         target.__trace__ = build_tracer(target.name, target, app.loader, app=app)
-    _loaded[function] = target
+    loaded[function] = target
     return target
 
 
@@ -101,6 +99,34 @@ def run(
                 os.environ.pop(name, None)
         os.environ.update(own)
     return (*answer, None if meter is None else meter.used())
+
+
+def run_in_thread(
+    function: str,
+    uuid: str,
+    request: dict[str, Any],
+    arguments: bytes,
+    results: Mapping[int, bytes],
+    variables: Mapping[str, str],
+    import_path: tuple[str, ...],
+    result_limit_bytes: int,
+    cpus: tuple[int, ...],
+) -> ChildResult:
+    """`run` for a thread of the worker's own process. That others share the process is all the difference: its environment is
+    left alone, what the function starts is not known from what others start, and nothing is measured."""
+    affinity = os.sched_getaffinity(0) if cpus else set()  # of the thread
+    try:
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+        with current.in_thread(variables):
+            answer = _run(function, uuid, request, arguments, results, import_path, result_limit_bytes)
+    except SystemExit as error:
+        exited = codec.encode_error("builtins.SystemExit", str(error.code), traceback.format_exc())
+        answer = False, str(Reason.EXCEPTION), exited, 0.0
+    finally:
+        if cpus:
+            os.sched_setaffinity(0, affinity)
+    return (*answer, None)
 
 
 class _Meter:

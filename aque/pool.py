@@ -7,6 +7,7 @@ semaphore, and nobody could ever take a task again. A record lock is released by
 
 import fcntl
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ class ProcessLock:
 
     def __init__(self) -> None:
         self._file = os.memfd_create("aque-lock", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._file).atexit = False
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Wait for the lock; without `block`, False if it is not free."""
@@ -43,8 +45,8 @@ class ProcessLock:
 
 class _Child(Worker):
     def after_fork(self) -> None:
+        contain.enter()  # before the app's own code runs, which asks what this process is
         super().after_fork()
-        contain.enter()
 
 
 class _Pool(Pool):

@@ -17,7 +17,9 @@ from aque.chooser import Place
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
+from aque.inprocess import CONTAINMENT, InProcess
 from aque.ledger import Ledger
+from aque.pool import TaskPool
 from aque.processes import lease_clock
 from aque.publisher import EventQueue
 from aque.reaper import Heartbeat
@@ -84,8 +86,15 @@ class AqueWorker:
             self.switches_user,
             tags=frozenset(self.tags),
         )
-        if strangers is not None:
-            worker.pool.tell_children(commands.watch, strangers.watch)
+        self.pool = worker.pool
+        if isinstance(self.pool, TaskPool):
+            self.pool.tell_children(commands.watch, *(() if strangers is None else (strangers.watch,)))
+        elif isinstance(self.pool, InProcess):
+            logger.warning(
+                "functions run in this worker's own process (pool %s): they cannot be killed and have no time limits, share "
+                "one environment, and what they leave running stays; commands are as in any other pool",
+                self.pool.name,
+            )
         self.runner = Runner(
             worker.app,
             worker.hostname,
@@ -241,7 +250,9 @@ class AqueWorker:
             lease_seconds=self.settings.lease_seconds,
             user=self.user,
             switches_user=self.switches_user,
-            containment=self.commands.containment,
+            containment="; ".join(
+                [self.commands.containment, *([CONTAINMENT] if self.runner.runs_functions_itself else [])]
+            ),
             resources=format_amounts(self.whole.resources),
             tags=self.tags,
         )
@@ -262,6 +273,8 @@ class AqueWorker:
         """Finish or give back everything, and leave the table."""
         self._stop_watching()
         clean = self.scheduler.stop(drain_seconds)
+        if isinstance(self.pool, InProcess) and not clean:
+            self.pool.abandon()
         if self.heartbeat is not None:
             self.heartbeat.stop()
         self.commands.stop()
