@@ -81,3 +81,10 @@ class TaskPool(prefork.TaskPool):
         super().on_stop()
         if pool is not None:
             pool._terminate.cancel()
+
+    def on_terminate(self) -> None:
+        """End the children. The pool forgets those that have ended by then, with a descriptor of each."""
+        pool = self._pool
+        super().on_terminate()
+        for process in [] if pool is None else list(pool._pool):
+            process.join()
