@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NoReturn
 
@@ -268,6 +269,11 @@ class AqueWorker:
         if queues != self.queues:
             self.queues = queues
             self.scheduler.serve(queues)
+
+    def unkillable(self, ids: Iterable[int]) -> list[int]:
+        """Those of these tasks that run here and that a kill does not end."""
+        attempts = self.scheduler.attempts()
+        return [task_id for task_id in ids if task_id in attempts and not attempts[task_id].can_be_killed]
 
     def stop(self, drain_seconds: float) -> None:
         """Finish or give back everything, and leave the table."""
