@@ -3,9 +3,9 @@
 Two steps: one in the worker, which runs whether or not there is a broker, holds the scheduler; one in the consumer, which
 comes and goes with the broker's connection, joins it to Celery's queues, events and ordinary tasks.
 
-A worker is a program (`celery worker`), whose process is its own, or it is embedded: in a thread of a process, such as a test's,
-that is somebody else's. There it leaves alone what belongs to the process: signals, the process's name, `sys.path`, children
-that it has not started, and orphans.
+A worker is a program (`celery worker`), whose process is its own, or it is embedded: in a thread of a process, such as a
+test's, that is somebody else's. There it leaves alone what belongs to the process: signals, the process's name, `sys.path`,
+children that it has not started, and orphans.
 """
 
 import atexit
@@ -28,12 +28,12 @@ from aque import contain, reload, restart, title
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import BadSetting
-from aque.farm import settings_of
+from aque.farm import farm_of, settings_of
 from aque.inprocess import InProcess, SoloPool, in_process
 from aque.pool import TaskPool
 from aque.signals import WorkerSignals
 from aque.store import open_store, unchecked_store
-from aque.worker import AqueWorker
+from aque.worker import AqueWorker, whole_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,9 @@ class WorkerStep(bootsteps.StartStopStep):
     def __init__(self, worker: Any, **options: Any) -> None:
         worker.aque = None
         _refuse(worker)
+        if not _is_program(worker):
+            # What is wrong with the settings or the store is raised here to whoever starts it: its thread could only log it.
+            whole_of(farm_of(worker.app).settings, worker.pool)
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:
@@ -156,9 +159,10 @@ def _refuse(worker: Any) -> None:
 
 def _why_not(worker: Any) -> str | None:
     if not issubclass(worker.pool_cls, PreforkPool | InProcess):
+        name = f"{worker.pool_cls.__module__}:{worker.pool_cls.__qualname__}"
         return (
-            f"Aque cannot run functions in the pool {worker.pool_cls.__module__}:{worker.pool_cls.__qualname__}: start the worker "
-            "with -P prefork, which can do everything, threads or solo."
+            f"Aque cannot run functions in the pool {name}: start the worker with -P prefork, which can do everything, threads "
+            "or solo."
         )
     if worker.options.get("autoscale"):
         return (
@@ -181,6 +185,10 @@ def _run(worker: Any, start: Any) -> None:
         if not _is_program(worker):
             worker.aque_commands.stop()  # if the worker has started, this was done
             worker.aque_commands.join(SERVER_SECONDS)
+            if hasattr(
+                worker, "_on_started"
+            ):  # Celery's `start_worker` would wait for ever for one that could not start
+                worker._on_started.set()
     aque: AqueWorker | None = worker.aque_kept
     if aque is None:
         return

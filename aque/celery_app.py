@@ -163,7 +163,7 @@ def setup(app: Celery) -> Celery:
 def _defaults(app: Celery) -> dict[str, Any]:
     settings = settings_of(app)
     return {
-        "broker_url": settings.celery_broker_url,
+        "broker_url": app.conf.broker_url or settings.celery_broker_url,  # Celery's test apps have one by default
         "broker_connection_retry_on_startup": True,
         "worker_concurrency": machine.usable_cpus(),
         "worker_lost_wait": 1.0,  # results of a child that is gone arrive at once or never

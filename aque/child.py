@@ -26,6 +26,7 @@ Answer = tuple[bool, Any, Any, float]
 Used = tuple[float, int, int, int] | None
 ChildResult = tuple[bool, Any, Any, float, Used]
 
+
 class CannotImport(Exception):
     """The function cannot be loaded by its name in this process."""
 

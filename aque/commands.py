@@ -338,7 +338,7 @@ class CommandRunner:
         return clean
 
     def join(self, timeout_seconds: float) -> bool:
-        """After `stop`, and after the end of the pool: wait for the server, which must not stay as a zombie. False: it lives."""
+        """After `stop` and the end of the pool: wait for the server, which must not stay as a zombie. False: it lives on."""
         if self._server is None or self._owner != os.getpid():
             return True
         try:

@@ -12,7 +12,6 @@ from aque.machine import settings_here
 from aque.settings import Settings
 from aque.store import Store, open_store
 
-
 #: Before the URL of a store: that of Celery's result backend in it.
 RESULT_SCHEME = "aque+"
 

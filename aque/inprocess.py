@@ -55,7 +55,9 @@ class InProcess:
             self.is_abandoned = True
             self._idle.notify_all()
 
-    def _called(self, target: Callable[..., Any], args: Any, kwargs: Any, callbacks: dict[str, Any]) -> Callable[[], None]:
+    def _called(
+        self, target: Callable[..., Any], args: Any, kwargs: Any, callbacks: dict[str, Any]
+    ) -> Callable[[], None]:
         """What the pool's thread has to do."""
         with self._idle:
             self._calls += 1
@@ -149,9 +151,9 @@ class SoloPool(InProcess, solo.TaskPool):
             work()
         beside.join()
 
-    def do(self, work: Callable[[], None]) -> None:
+    def do(self, work: Callable[[], object]) -> None:
         """Have the thread that serves do this, and wait for it. Before anything else runs."""
-        done: Future[None] = Future()
+        done: Future[object] = Future()
 
         def call() -> None:
             try:

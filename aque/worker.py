@@ -65,7 +65,7 @@ class AqueWorker:
         self._avoids_shown: tuple[tuple[str, ...], dict[bytes, str]] | None = None
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
-        self.whole = _whole(settings, worker.pool)
+        self.whole = whole_of(settings, worker.pool)
         is_personal = not settings.is_shared and not settings.unsafe_allow_root_sqlite
         if is_personal and (why := store.why_not_personal()):
             raise BadSetting(
@@ -352,8 +352,8 @@ class AqueWorker:
         self.ledger.in_turn(need, start)
 
 
-def _whole(settings: Settings, pool: Any) -> Capacity:
-    """All that this worker may reserve."""
+def whole_of(settings: Settings, pool: Any) -> Capacity:
+    """All that a worker with these settings may reserve. Raises BadSetting or BadReservation."""
     usable = Fraction(machine.usable_cpus())
     cpus = CpuRequest.parse(settings.cpus).share(usable) if settings.cpus else usable
     if cpus <= 0:

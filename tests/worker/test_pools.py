@@ -95,7 +95,9 @@ def test_revoke_answers_that_the_function_goes_on(farm: Farm, tmp_path: Path) ->
     worker = farm.workers[0]
     client = farm.client()
     worker.wait_until_it_answers(client)  # also while a function of the pool solo runs
-    (answer,) = client.control.revoke(task.id, terminate=True, reply=True, timeout=LIMIT, destination=[worker.name], limit=1)
+    (answer,) = client.control.revoke(
+        task.id, terminate=True, reply=True, timeout=LIMIT, destination=[worker.name], limit=1
+    )
     assert "goes on" in answer[worker.name]["error"]
     gate.touch()
     assert task.get(timeout=LIMIT)
@@ -109,7 +111,9 @@ def test_commands_are_killed_and_the_lease_is_renewed_while_a_function_runs(farm
     with pytest.raises(TaskKilled):
         command.get(timeout=LIMIT)
     (row,) = farm.live()
-    wait_until(lambda: farm.live()[0].info.id == row.info.id and farm.live()[0].seen_at > row.seen_at, LIMIT, "it is renewed")
+    wait_until(
+        lambda: farm.live()[0].info.id == row.info.id and farm.live()[0].seen_at > row.seen_at, LIMIT, "it is renewed"
+    )
     gate.touch()
     assert task.get(timeout=LIMIT)
     assert farm.row(task)["attempt"] == 1
