@@ -18,9 +18,6 @@ from celery.concurrency import solo, thread
 
 logger = logging.getLogger(__name__)
 
-#: For people, who look at workers.
-CONTAINMENT = "functions run in the worker: no kills, no time limits"
-
 
 class InProcess:
     """What the two have in common."""

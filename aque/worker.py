@@ -18,7 +18,7 @@ from aque.chooser import Place
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
-from aque.inprocess import CONTAINMENT, InProcess
+from aque.inprocess import InProcess
 from aque.ledger import Ledger
 from aque.pool import TaskPool
 from aque.processes import lease_clock
@@ -30,7 +30,7 @@ from aque.scheduler import Scheduler
 from aque.settings import Settings
 from aque.signals import WorkerSignals
 from aque.store import DatabaseError, Store
-from aque.values import ClaimedTask, WorkerInfo
+from aque.values import NO_KILLS, ClaimedTask, WorkerInfo
 from aque.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ class AqueWorker:
             user=self.user,
             switches_user=self.switches_user,
             containment="; ".join(
-                [self.commands.containment, *([CONTAINMENT] if self.runner.runs_functions_itself else [])]
+                [self.commands.containment, *([NO_KILLS] if self.runner.runs_functions_itself else [])]
             ),
             resources=format_amounts(self.whole.resources),
             tags=self.tags,

@@ -1,6 +1,6 @@
 """The pools that Celery has beside prefork, in real workers: what works in each, and what a worker says that does not."""
 
-import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +90,16 @@ def test_a_kill_of_a_function_says_that_it_goes_on_and_changes_nothing(farm: Far
     assert worker.log().count(sentence) == 1
 
 
+def test_aque_kill_says_that_a_function_goes_on(farm: Farm, tmp_path: Path) -> None:
+    task, gate = held(farm, tmp_path)
+    said = subprocess.run(
+        [PROGRAMS / "aque", "kill", task.id], env=farm.environment, capture_output=True, text=True, check=True
+    )
+    assert f"task {task.id} is a function in the process of {farm.workers[0].name}" in said.stderr
+    gate.touch()
+    assert task.get(timeout=LIMIT)
+
+
 def test_revoke_answers_that_the_function_goes_on(farm: Farm, tmp_path: Path) -> None:
     task, gate = held(farm, tmp_path)
     worker = farm.workers[0]
@@ -141,10 +151,28 @@ def test_solo_runs_functions_in_the_main_thread(farm: Farm, tmp_path: Path, pool
     assert (task.get(timeout=LIMIT) == "MainThread") is (pool == "solo")
 
 
+def test_a_restart_waits_for_functions_and_lets_commands_go_on(
+    own_sqlite_farm: Farm, tmp_path: Path, pool: str
+) -> None:
+    worker = own_sqlite_farm.start_worker("-P", pool, drain_seconds=0.5)
+    command = aque.shell(["sh", "-c", 'until [ -e "$1" ]; do sleep 0.05; done', "sh", str(tmp_path / "end")])
+    own_sqlite_farm.wait_for_state(command, "running")
+    task, gate = held(own_sqlite_farm, tmp_path)
+    worker.deliver(signal.SIGHUP)
+    wait_until(lambda: "cannot be ended" in worker.log(), LIMIT, "it has waited long enough")
+    gate.touch()
+    assert task.get(timeout=LIMIT)
+    wait_until(lambda: "restarted: 1 commands go on" in worker.log(), LIMIT, "the new image is there")
+    (tmp_path / "end").touch()
+    assert command.get(timeout=LIMIT)["exit_code"] == 0
+    assert tasks.add.delay(1, 1).get(timeout=LIMIT) == 2
+    assert [own_sqlite_farm.row(done)["attempt"] for done in (task, command)] == [1, 1]
+
+
 def test_stopping_waits_for_a_function_that_ends_in_time(own_sqlite_farm: Farm, tmp_path: Path, pool: str) -> None:
     worker = own_sqlite_farm.start_worker("-P", pool, drain_seconds=LIMIT)
     task, gate = held(own_sqlite_farm, tmp_path)
-    os.kill(worker.pid, 15)
+    worker.deliver(signal.SIGTERM)
     wait_until(lambda: "shutdown" in worker.log(), LIMIT, "it has heard")
     gate.touch()
     wait_until(lambda: not worker.running(), LIMIT, "it has ended")
