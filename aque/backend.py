@@ -17,6 +17,7 @@ from aque.states import CELERY_STATE, COMPLETE_STATES, State
 from aque.store import StoredResult
 from aque.values import Pattern
 from aque.waiter import Waiter
+from aque.within import giving_way
 
 #: So that a `result_backend` can be `aque+` and the URL of a store.
 BACKEND_ALIASES["aque"] = "aque.backend:Backend"
@@ -88,7 +89,7 @@ class Backend(CeleryBackend):
     ) -> Any:
         """Block until the task of `result` is complete; raises Celery's TimeoutError, UnknownTask, or what the task did."""
         self._ensure_not_eager()
-        for _ in self._waiter(farm_of(self.app).store).looks(timeout):
+        for _ in giving_way(self._waiter(farm_of(self.app).store).looks(timeout)):
             if on_interval is not None:
                 on_interval()
             meta = self._metas([result.id]).get(result.id)
@@ -126,7 +127,7 @@ class Backend(CeleryBackend):
             raise UnknownTask(unknown, "They cannot be waited for.")
         by_id = {task_id: celery_id for celery_id, task_id in ids.items()}
         left = set(by_id)
-        for done in self._waiter(store).wait(by_id, timeout):
+        for done in giving_way(self._waiter(store).wait(by_id, timeout)):
             if on_interval is not None:
                 on_interval()
             if done:

@@ -24,6 +24,8 @@ class InProcess:
 
     name: str
     limit: int
+    #: Celery's flag that forbids a task to wait for others is one for the process: threads would set it for each other.
+    task_join_will_block = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -76,6 +78,8 @@ class ThreadPool(InProcess, thread.TaskPool):
     """A thread for each function that runs at a time."""
 
     name = "threads"
+    #: So many functions wait for other tasks, and as many more may run in their place.
+    lent = 0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -97,6 +101,16 @@ class ThreadPool(InProcess, thread.TaskPool):
         callbacks = {"callback": callback, "accept_callback": accept_callback, "error_callback": error_callback}
         future: Future[None] = self.executor.submit(self._called(target, args, kwargs, callbacks))
         return thread.ApplyResult(future)
+
+    def lend(self) -> None:
+        """A function waits for other tasks: there is a thread more in its place."""
+        self.lent += 1
+        self.executor._max_workers += 1
+
+    def take_back(self) -> None:
+        """It waits no longer. Its thread's stand-in stays, and has nothing to do: the ledger bounds what runs."""
+        self.lent -= 1
+        self.executor._max_workers -= 1
 
     def on_stop(self) -> None:
         """Wait for what runs, unless it was abandoned."""

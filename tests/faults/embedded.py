@@ -1,6 +1,6 @@
 """Workers in a thread of one process, started and stopped again and again: what they leave there.
 
-python -m tests.faults.embedded [POOL] [CYCLES]     (solo, threads or prefork; 50 times)
+python -m tests.faults.embedded [POOL] [CYCLES] [BROKER]     (solo, threads or prefork; 50 times; a file of its own)
 
 Prints one JSON object: what the process had after the second cycle (in the first one modules are imported and caches filled)
 and what it had after the last one. The two are equal, but for some memory. With prefork a pool child is killed in each cycle;
@@ -32,9 +32,9 @@ from tests.worker import tasks
 PR_GET_CHILD_SUBREAPER = 37
 
 
-def main(pool: str = "solo", cycles: int = 50) -> dict[str, Any]:
+def main(pool: str = "solo", cycles: str = "50", broker: str = "") -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="aque-") as directory:
-        os.environ |= {"AQUE_BROKER": f"sqlite:///{directory}/aque.db", "AQUE_STATE_DIR": directory}
+        os.environ |= {"AQUE_BROKER": broker or f"sqlite:///{directory}/aque.db", "AQUE_STATE_DIR": directory}
         os.environ |= {"AQUE_LEASE_SECONDS": "3", "AQUE_KILL_GRACE_SECONDS": "0.5", "AQUE_ALLOW_ROOT_TASKS": "yes"}
         mine = subprocess.Popen(["sleep", "1000"])
         # In a session of its own, with its parent gone: in a worker's own process it would be a stranger.
@@ -42,7 +42,7 @@ def main(pool: str = "solo", cycles: int = 50) -> dict[str, Any]:
         orphan = int(Path(directory, "orphan").read_text())
         looks = []
         try:
-            for cycle in range(cycles):
+            for cycle in range(int(cycles)):
                 _cycle(pool, cycle, Path(directory))
                 looks.append(_look(mine.pid, cycle))
             lives = psutil.pid_exists(orphan) and mine.poll() is None
@@ -63,7 +63,8 @@ def _cycle(pool: str, cycle: int, directory: Path) -> None:
                 _kill_child(directory / f"started-{cycle}")
         assert dict(app.amqp.queues) == queues
         assert app.conf.result_backend == f"aque+{os.environ['AQUE_BROKER']}"
-        assert app.conf.broker_url == f"aque+sqlite:///{directory}/aque-bus.db"
+        bus = app.conf.result_backend.replace("aque.db", "aque-bus.db")
+        assert app.conf.broker_url == bus
 
 
 def _kill_child(path: Path) -> None:
@@ -98,5 +99,4 @@ def _look(mine: int, cycle: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    print(json.dumps(main(*words[:1], *map(int, words[1:])), indent=1))
+    print(json.dumps(main(*sys.argv[1:]), indent=1))
