@@ -237,3 +237,17 @@ def pid() -> int:
 @aque.task
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+@aque.task
+def through_child(value: int) -> int:
+    """What a child returns, for which this waits."""
+    return int(add.delay(value, 1).get(timeout=60))
+
+
+@aque.task(max_retries=2, default_retry_delay=0, bind=True)
+def third_time(self: Any) -> int:
+    """Ask for another attempt until this is the third."""
+    if self.request.retries < 2:
+        self.retry()
+    return int(self.request.retries)

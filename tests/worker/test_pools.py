@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import aque
-from aque.errors import TaskError, TaskKilled
+from aque.errors import BadInput, TaskError, TaskKilled
 from tests.servers import wait_until
 from tests.worker import tasks
 from tests.worker.farm import LIMIT_SECONDS, PROGRAMS, ROOT, Farm
@@ -75,6 +75,21 @@ def test_a_function_knows_its_task_whatever_runs_beside_it(farm: Farm, tmp_path:
     for parent, child in children.items():
         assert farm.row(child)["parent_id"] == parent
         farm.wait_for_state(child, "success")
+
+
+def test_a_function_that_waits_for_its_child_has_a_thread_in_its_place_and_in_solo_an_error(
+    farm: Farm, pool: str
+) -> None:
+    waiting = [tasks.through_child.delay(i) for i in range(2 * CHILDREN)]
+    if pool == "threads":
+        assert [task.get(timeout=LIMIT) for task in waiting] == list(range(1, 2 * CHILDREN + 1))
+    else:
+        with pytest.raises(BadInput, match="a worker whose pool cannot grow"):
+            waiting[0].get(timeout=LIMIT)
+
+
+def test_a_function_may_ask_for_another_attempt(farm: Farm) -> None:
+    assert tasks.third_time.delay().get(timeout=LIMIT) == 2
 
 
 def test_a_kill_of_a_function_says_that_it_goes_on_and_changes_nothing(farm: Farm, tmp_path: Path) -> None:
