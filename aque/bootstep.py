@@ -51,7 +51,7 @@ class WorkerStep(bootsteps.StartStopStep):
         _refuse(worker)
         if not _is_program(worker):
             # What is wrong with the settings or the store is raised here to whoever starts it: its thread could only log it.
-            whole_of(farm_of(worker.app).settings, worker.pool)
+            whole_of(farm_of(worker.app).settings, worker.concurrency)
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:

@@ -68,7 +68,7 @@ class AqueWorker:
         self._avoids_shown: tuple[tuple[str, ...], dict[bytes, str]] | None = None
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
-        self.whole = whole_of(settings, worker.pool)
+        self.whole = whole_of(settings, worker.pool.limit)
         is_personal = not settings.is_shared and not settings.unsafe_allow_root_sqlite
         if is_personal and (why := store.why_not_personal()):
             raise BadSetting(
@@ -407,7 +407,7 @@ class AqueWorker:
         self.ledger.in_turn(need, start)
 
 
-def whole_of(settings: Settings, pool: Any) -> Capacity:
+def whole_of(settings: Settings, python_slots: int) -> Capacity:
     """All that a worker with these settings may reserve. Raises BadSetting or BadReservation."""
     usable = Fraction(machine.usable_cpus())
     cpus = CpuRequest.parse(settings.cpus).share(usable) if settings.cpus else usable
@@ -416,7 +416,7 @@ def whole_of(settings: Settings, pool: Any) -> Capacity:
     memory = parse_memory(settings.memory) if settings.memory else machine.total_memory_bytes()
     commands = max(FREE_COMMANDS_PER_CPU, int(FREE_COMMANDS_PER_CPU * cpus))
     resources = {name: len(numbers) for name, numbers in parse_indices(settings.resources).items()}
-    return Capacity(cpus, memory, pool.limit, commands, resources)
+    return Capacity(cpus, memory, python_slots, commands, resources)
 
 
 def _ordered_rate(app: Any, name: str) -> float | None:
