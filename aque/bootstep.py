@@ -267,6 +267,7 @@ def _prepare(sender: Any, **_: Any) -> None:
         # The ledger bounds what the pool has. Its own bound would block the thread that reports an end, and that is about to
         # free the place, when the next task is started from there.
         sender.pool_putlocks = False
+        sender.timer_cls = sender.timer_cls or TaskPool.Timer
     sender.aque_kept = sender.aque_pidlock = sender.aque_handed_over = sender.aque_strangers = None
     sender.aque_signals = WorkerSignals(
         lambda: sender.aque and sender.aque.scheduler.drain(),
