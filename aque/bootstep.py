@@ -193,10 +193,8 @@ def _run(worker: Any, start: Any) -> None:
         if not _is_program(worker):
             worker.aque_commands.stop()  # if the worker has started, this was done
             worker.aque_commands.join(SERVER_SECONDS)
-            if hasattr(
-                worker, "_on_started"
-            ):  # Celery's `start_worker` would wait for ever for one that could not start
-                worker._on_started.set()
+            if started := getattr(worker, "_on_started", None):
+                started.set()  # Celery's `start_worker` would wait for ever for a worker that could not start
     aque: AqueWorker | None = worker.aque_kept
     if aque is None:
         return
@@ -281,7 +279,7 @@ def _prepare(sender: Any, **_: Any) -> None:
 
 
 def _prepare_program(worker: Any) -> None:
-    """What an embedded worker must not do to the process in which it is."""
+    """Make the process the worker's. None of this may be done to a process in which a worker is embedded."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # functions beside the worker, as `python -m` finds them
     _name(worker)
