@@ -140,6 +140,8 @@ class Backend(CeleryBackend):
     def _waiter(self, store: Any) -> Waiter:
         """One waiter per thread and store: its doorbell is worth keeping."""
         if getattr(_waiters, "store", None) is not store:
+            if (before := getattr(_waiters, "waiter", None)) is not None:
+                before.close()
             _waiters.store, _waiters.waiter = store, Waiter(store)
         waiter: Waiter = _waiters.waiter
         return waiter

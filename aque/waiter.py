@@ -71,6 +71,7 @@ class Waiter:
         if pause > 0:
             time.sleep(pause)
         wait = SAFETY_SECONDS if end is None else max(0.0, min(SAFETY_SECONDS, end - time.monotonic()))
+        self._listen()  # anew, if it was closed meanwhile
         assert self._bell is not None
         try:
             self._bell.wait(wait)

@@ -41,9 +41,16 @@ def test_the_project_in_the_docs_passes_its_tests(pool: str, tmp_path: Path, env
     assert "4 passed" in said
 
 
-@pytest.mark.parametrize(("pool", "cycles"), [("solo", 6), ("prefork", 5)])
-def test_nothing_is_left_of_a_worker_that_has_stopped(pool: str, cycles: int, environment: dict[str, str]) -> None:
-    found: dict[str, Any] = json.loads(run_python(environment, "-m", "tests.faults.embedded", pool, str(cycles)))
+@pytest.mark.parametrize(("pool", "kind"), [("solo", "postgresql"), ("prefork", "sqlite")])
+def test_nothing_is_left_of_a_worker_that_has_stopped(
+    pool: str, kind: str, environment: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    cycles, broker = 5, []
+    if kind == "postgresql":
+        broker = [request.getfixturevalue("fresh_postgresql_url")]
+        run_python({**environment, "AQUE_BROKER": broker[0]}, "-m", "aque.cli.main", "init")
+    said = run_python(environment, "-m", "tests.faults.embedded", pool, str(cycles), *broker)
+    found: dict[str, Any] = json.loads(said)
     assert found["others live"]
     first, last = found["first"], found["last"]
     grown = (last.pop("rss_bytes") - first.pop("rss_bytes")) / (cycles - 2)
