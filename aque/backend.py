@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from celery.app.backends import BACKEND_ALIASES
 from celery.backends.base import BaseBackend as CeleryBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import AsyncResult
@@ -19,6 +20,9 @@ from aque.store import Call, Store, StoredResult
 from aque.values import Pattern
 from aque.waiter import Waiter
 from aque.within import giving_way
+
+#: So that a `result_backend` can be `aque+` and the URL of a store.
+BACKEND_ALIASES["aque"] = "aque.backend:Backend"
 
 #: Stores stay open as long as the process, and a forked child opens its own.
 _waiters: dict[Store, Waiter[StoredResult]] = {}

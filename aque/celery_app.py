@@ -10,11 +10,11 @@ from celery import Celery, current_app, shared_task
 from celery._state import get_current_task
 
 import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql with kombu
-from aque import machine
+from aque import current, machine
 from aque.bootstep import ConsumerStep, WorkerStep
 from aque.celery_task import Task
 from aque.errors import BadInput, NotSubmittable
-from aque.farm import farm_of
+from aque.farm import RESULT_SCHEME, farm_of, settings_of
 from aque.graphs import Graph, open_graph, submit_or_add
 from aque.handles import Handle, backend_of, edges_of, known_options, submitter_of
 from aque.submitter import Options
@@ -140,7 +140,8 @@ class CurrentTask:
 
 def current_task() -> CurrentTask | None:
     """The task that this code runs in, in a Python task or below a command; None outside."""
-    return CurrentTask(os.environ) if os.environ.get("AQUE_TASK_ID", "").isdecimal() else None
+    variables = current.variables()
+    return CurrentTask(variables) if variables.get("AQUE_TASK_ID", "").isdecimal() else None
 
 
 # -- apps -----------------------------------------------------------------------------------------------------------------
@@ -160,9 +161,9 @@ def setup(app: Celery) -> Celery:
 
 
 def _defaults(app: Celery) -> dict[str, Any]:
-    settings = machine.settings_here()
+    settings = settings_of(app)
     return {
-        "broker_url": settings.celery_broker_url,
+        "broker_url": app.conf.broker_url or settings.celery_broker_url,  # Celery's test apps have one by default
         "broker_connection_retry_on_startup": True,
         "worker_concurrency": machine.usable_cpus(),
         "worker_lost_wait": 1.0,  # results of a child that is gone arrive at once or never
@@ -181,8 +182,8 @@ class App(Celery):
         setup(self)
         self.add_defaults(
             lambda: {
-                "result_backend": "aque.backend:Backend",
-                "task_default_queue": machine.settings_here().default_queue,
+                "result_backend": RESULT_SCHEME + settings_of(self).to_url(),
+                "task_default_queue": settings_of(self).default_queue,
             }
         )
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from celery import Celery
 from celery.result import AsyncResult
@@ -93,22 +94,23 @@ class Handle(AsyncResult):
 codec.register_handle(Handle, lambda handle: handle.number)
 
 
-_submitters: dict[int, Submitter] = {}
-_backends: dict[int, Backend] = {}
+_submitters: WeakKeyDictionary[Celery, Submitter] = WeakKeyDictionary()
 
 
 def submitter_of(app: Celery) -> Submitter:
     farm = farm_of(app)
-    key = id(farm.store)  # the store stays open as long as the process
-    if key not in _submitters:
-        _submitters[key] = Submitter(farm.store, farm.settings)
-    return _submitters[key]
+    found = _submitters.get(app)
+    if found is None or found.store is not farm.store:
+        found = _submitters[app] = Submitter(farm.store, farm.settings)
+    return found
 
 
 def backend_of(app: Celery) -> Backend:
-    if id(app) not in _backends:
-        _backends[id(app)] = Backend(app=app)
-    return _backends[id(app)]
+    # Not in a dictionary by app: a backend refers to its app, which would never end.
+    found: Backend | None = vars(app).get("aque_backend")
+    if found is None:
+        found = vars(app)["aque_backend"] = Backend(app=app)
+    return found
 
 
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:

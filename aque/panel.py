@@ -32,6 +32,9 @@ def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = Non
     theirs = [name for name in names if ids.get(name) not in known]
     if theirs:
         return _celery_revoke(state, theirs, terminate, signal, **options)
+    if terminate and (on := aque.unkillable(ours)):
+        which = ", ".join(map(str, on))
+        return {"error": f"what runs in the worker's own process cannot be ended, and goes on: {which}"}
     return {"ok": f"tasks {', '.join(map(str, ours))} flagged as revoked"}
 
 

@@ -8,6 +8,7 @@ semaphore, and nobody could ever take a task again. A record lock is released by
 import fcntl
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ class ProcessLock:
 
     def __init__(self) -> None:
         self._file = os.memfd_create("aque-lock", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._file).atexit = False
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Wait for the lock; without `block`, False if it is not free."""
@@ -47,8 +49,8 @@ class ProcessLock:
 
 class _Child(Worker):
     def after_fork(self) -> None:
+        contain.enter()  # before the app's own code runs, which asks what this process is
         super().after_fork()
-        contain.enter()
 
     def _do_exit(self, pid: int, exitcode: int | None, exc: Exception | None = None) -> NoReturn:
         """As billiard's, which announces its end and then waits for a TERM: up to a second, if nobody listens any more."""
@@ -168,3 +170,10 @@ class TaskPool(prefork.TaskPool):
         super().on_stop()
         if pool is not None:
             pool._terminate.cancel()
+
+    def on_terminate(self) -> None:
+        """End the children. The pool forgets those that have ended by then, with a descriptor of each."""
+        pool = self._pool
+        super().on_terminate()
+        for process in [] if pool is None else list(pool._pool):
+            process.join()

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
-from aque import doorbell, durations, hints
+from aque import current, doorbell, durations, hints
 from aque.chooser import why_nowhere
 from aque.durations import RunTime
 from aque.errors import BadInput
@@ -446,9 +446,10 @@ class Submitter:
         return _text("user", options.user) or self._user
 
     def _parent(self) -> int | None:
-        """The task that this process is part of, if it belongs to the same farm."""
-        task_id = os.environ.get("AQUE_TASK_ID", "")
-        same_farm = os.environ.get("AQUE_BROKER", "") == self.settings.to_url()
+        """The task that this code is part of, if it belongs to the same farm."""
+        own = current.variables()
+        task_id = own.get("AQUE_TASK_ID", "")
+        same_farm = own.get("AQUE_BROKER", "") == self.settings.to_url()
         return int(task_id) if task_id.isdecimal() and same_farm else None
 
     def _inherited(self, parent_id: int) -> Inherited | None:

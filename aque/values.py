@@ -239,6 +239,10 @@ class Outcome:
     replacement: Replacement | None = None  #: state PENDING: its row gets another task to run
 
 
+#: Of a worker whose functions run in its own process.
+NO_KILLS = "functions run in the worker: no kills, no time limits"
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """A worker process: what it is and what it has. `id` is one incarnation; a restart is a new worker."""
@@ -259,6 +263,6 @@ class WorkerInfo:
     lease_seconds: float
     user: str  #: whose tasks it runs; empty: whoever's, as itself (a store of one person)
     switches_user: bool  #: it runs the tasks of other users as these
-    containment: str  #: how it keeps processes together, for people
+    containment: str  #: how it keeps processes together, for people; NO_KILLS in it: no functions
     resources: str = ""  #: as in gpu=2,nuke=4
     tags: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -22,7 +22,9 @@ from aque.cleaner import Cleaner
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
+from aque.inprocess import InProcess
 from aque.ledger import Ledger
+from aque.pool import TaskPool
 from aque.processes import lease_clock
 from aque.publisher import EventQueue
 from aque.reaper import Heartbeat
@@ -33,7 +35,7 @@ from aque.settings import Settings
 from aque.signals import WorkerSignals
 from aque.store import Ages, DatabaseError, Store
 from aque.taskserver import TaskServer
-from aque.values import ClaimedTask, Outcome, WorkerInfo
+from aque.values import NO_KILLS, ClaimedTask, Outcome, WorkerInfo
 from aque.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class AqueWorker:
         self._avoids_shown: tuple[tuple[str, ...], dict[bytes, str]] | None = None
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
-        self.whole = _whole(settings, worker.pool)
+        self.whole = whole_of(settings, worker.pool.limit)
         is_personal = not settings.is_shared and not settings.unsafe_allow_root_sqlite
         if is_personal and (why := store.why_not_personal()):
             raise BadSetting(
@@ -95,8 +97,14 @@ class AqueWorker:
         self._pool = worker.pool
         self._lent: set[tuple[int, int]] = set()
         self.line = TaskServer(self)
-        if strangers is not None:
-            worker.pool.tell_children(commands.watch, strangers.watch)
+        if isinstance(self._pool, TaskPool):
+            self._pool.tell_children(commands.watch, *(() if strangers is None else (strangers.watch,)))
+        elif isinstance(self._pool, InProcess):
+            logger.warning(
+                "functions run in this worker's own process (pool %s): they cannot be killed and have no time limits, share "
+                "one environment, and what they leave running stays; commands are as in any other pool",
+                self._pool.name,
+            )
         self.runner = Runner(
             worker.app,
             worker.hostname,
@@ -259,7 +267,9 @@ class AqueWorker:
             lease_seconds=self.settings.lease_seconds,
             user=self.user,
             switches_user=self.switches_user,
-            containment=self.commands.containment,
+            containment="; ".join(
+                [self.commands.containment, *([NO_KILLS] if self.runner.runs_functions_itself else [])]
+            ),
             resources=format_amounts(self.whole.resources),
             tags=self.tags,
         )
@@ -278,10 +288,17 @@ class AqueWorker:
             self.queues = queues
             self.scheduler.serve(queues)
 
+    def unkillable(self, ids: Iterable[int]) -> list[int]:
+        """Those of these tasks that run here and that a kill does not end."""
+        attempts = self.scheduler.attempts()
+        return [task_id for task_id in ids if task_id in attempts and not attempts[task_id].can_be_killed]
+
     def stop(self, drain_seconds: float) -> None:
         """Finish or give back everything, and leave the table."""
         self._stop_watching()
         clean = self.scheduler.stop(drain_seconds)
+        if isinstance(self._pool, InProcess) and not clean:
+            self._pool.abandon()
         self.line.stop()
         if self.heartbeat is not None:
             self.heartbeat.stop()
@@ -414,8 +431,8 @@ def ages(settings: Settings, app: Any) -> Ages:
     )
 
 
-def _whole(settings: Settings, pool: Any) -> Capacity:
-    """All that this worker may reserve."""
+def whole_of(settings: Settings, python_slots: int) -> Capacity:
+    """All that a worker with these settings may reserve. Raises BadSetting or BadReservation."""
     usable = Fraction(machine.usable_cpus())
     cpus = CpuRequest.parse(settings.cpus).share(usable) if settings.cpus else usable
     if cpus <= 0:
@@ -423,7 +440,7 @@ def _whole(settings: Settings, pool: Any) -> Capacity:
     memory = parse_memory(settings.memory) if settings.memory else machine.total_memory_bytes()
     commands = max(FREE_COMMANDS_PER_CPU, int(FREE_COMMANDS_PER_CPU * cpus))
     resources = {name: len(numbers) for name, numbers in parse_indices(settings.resources).items()}
-    return Capacity(cpus, memory, pool.limit, commands, resources)
+    return Capacity(cpus, memory, python_slots, commands, resources)
 
 
 def _ordered_rate(app: Any, name: str) -> float | None:
