@@ -2,6 +2,7 @@
 
 Public names, imported when they are first used (so that `import aque` costs nothing):
     task, shell, graph, tasks, current_task     submit and ask
+    Executor                                    functions by name, as concurrent.futures has it
     App, Task, Handle, setup                    Celery apps
     errors, states                              modules
 """
@@ -14,11 +15,13 @@ from aque.version import __version__
 if TYPE_CHECKING:
     from aque import errors, states
     from aque.celery_app import App, Graph, Handle, Task, current_task, graph, setup, shell, task, tasks
+    from aque.executor import Executor
 
 _FROM_APP = ("App", "Graph", "Handle", "Task", "current_task", "graph", "setup", "shell", "task", "tasks")
 
 __all__ = [
     "App",
+    "Executor",
     "Graph",
     "Handle",
     "Task",
@@ -37,6 +40,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _FROM_APP:
         return getattr(import_module("aque.celery_app"), name)
+    if name == "Executor":
+        return import_module("aque.executor").Executor
     if name in ("errors", "states"):
         return import_module(f"aque.{name}")
     raise AttributeError(f"module 'aque' has no attribute {name!r}")

@@ -35,7 +35,7 @@ def graph(name: str = "graph", app: Celery | None = None) -> Iterator[Graph]:
         raise BadInput(
             "a graph is open already in this context: graphs are not nested, their tasks can depend on each other."
         )
-    opened = Graph(app or _app(), name)
+    opened = Graph(app or app_in_use(), name)
     token = open_graph.set(opened)
     try:
         yield opened
@@ -93,7 +93,7 @@ def shell(
     """
     if isinstance(argv, (str, bytes)):
         raise BadInput(f"argv must be a list of words, not one text: ['sh', '-c', {argv!r}] runs it in a shell.")
-    app = app or _app()
+    app = app or app_in_use()
     submitter = submitter_of(app)
     edges = edges_of({"depends_on": depends_on, "after_any": after_any, "after_failed": after_failed})
     job = open_graph.get()
@@ -121,7 +121,7 @@ def tasks(
     where: Mapping[str, Any] | None = None, fields: Sequence[str] | None = None, app: Celery | None = None
 ) -> Iterator[dict[str, Any]]:
     """Query the table: `aque.tasks({"state": "ready"}, ["id", "name"])`; see Store.tasks for the fields."""
-    store = farm_of(app or _app()).store
+    store = farm_of(app or app_in_use()).store
     with store.connect() as connection:
         yield from store.tasks(connection, where, fields)
 
@@ -223,7 +223,7 @@ def run_worker(
     return 0
 
 
-def _app() -> Celery:
+def app_in_use() -> Celery:
     """The app that was set up last, or Aque's own."""
     current = current_app._get_current_object()
     return current if WorkerStep in current.steps["worker"] else app

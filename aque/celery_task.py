@@ -1,20 +1,18 @@
 """A Celery task that goes through the table instead of a message: how a call of it becomes a row."""
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from celery import Task as CeleryTask
-from celery.local import Proxy
 
 from aque import codec
 from aque.backend import Backend
-from aque.errors import BadInput, NotSubmittable
+from aque.errors import BadInput
 from aque.graphs import open_graph, submit_or_add
 from aque.handles import TASK_OPTIONS, Handle, backend_of, edges_of, known_options, submitter_of
+from aque.naming import name_of
 from aque.submitter import Options
 from aque.values import Dependency
 
@@ -83,7 +81,7 @@ class Task(CeleryTask):
 
     @cached_property
     def _function(self) -> str:
-        return function_name(self)
+        return name_of(self)
 
     @property
     def backend(self) -> Backend:
@@ -103,41 +101,3 @@ def refuse_message(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[...
         consumer.on_unknown_task(body, message, f"{task.name} runs from the table only")
 
     return strategy
-
-
-def function_name(called: CeleryTask) -> str:
-    """ "module:qualname" by which a worker finds the task. Raises NotSubmittable with the fix."""
-    function = getattr(called.run, "__wrapped__", called.run)
-    module_name, qualname = function.__module__, function.__qualname__
-    if "<" in qualname:
-        kind = "a lambda" if "<lambda>" in qualname else "defined inside another function"
-        raise NotSubmittable(
-            f"{qualname} is {kind}: a worker could not find it by name. Nothing was submitted: define it at the top of a "
-            "module."
-        )
-    if module_name == "__main__":
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        if spec is None:
-            raise NotSubmittable(
-                f"{qualname} is defined in the script that runs: a worker could not import it. Nothing was submitted: move it "
-                "into a module, or start the script with `python -m`."
-            )
-        module_name = spec.name
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise NotSubmittable(
-            f"{module_name}:{qualname} cannot be found by name: {error}. Nothing was submitted."
-        ) from error
-    if isinstance(found, Proxy):
-        found = found._get_current_object()
-    is_this_task = isinstance(found, CeleryTask) and found.name == called.name
-    if not is_this_task and found is not called.run:
-        raise NotSubmittable(
-            f"{module_name}:{qualname} is not the task {called.name}: a worker would run something else. Nothing was "
-            "submitted: "
-            "define the task with its decorator, under its own name, at the top of a module."
-        )
-    return f"{module_name}:{qualname}"

@@ -65,7 +65,8 @@ class Waiter:
 
     def _listen(self) -> None:
         if self._bell is None:
-            self._bell = Doorbell(self._store.engine, [DONE])
+            with self._store.connect():  # raises StoreUnreachable where the doorbell raises the database's own errors
+                self._bell = Doorbell(self._store.engine, [DONE])
 
     def _sleep(self, pause: float, end: float | None) -> None:
         if pause > 0:
@@ -77,8 +78,7 @@ class Waiter:
         except ConnectionResetError:
             self._bell.close()
             self._bell = None
-            with self._store.connect():  # raises StoreUnreachable if it stays away
-                self._listen()
+            self._listen()
 
     def close(self) -> None:
         """Stop listening."""
