@@ -2,9 +2,10 @@
 
 Public names, imported when they are first used (so that `import aque` costs nothing):
     task, shell, graph, tasks, current_task     submit and ask
+    barrier, pattern, reduce                    other forms of work
     Executor                                    functions by name, as concurrent.futures has it
     App, Task, Handle, setup                    Celery apps
-    errors, states                              modules
+    errors, patterns, states                    modules
 """
 
 from importlib import import_module
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from aque.version import __version__
 
 if TYPE_CHECKING:
-    from aque import errors, states
+    from aque import errors, patterns, states
     from aque.celery_app import App, Graph, Handle, Task, current_task, graph, setup, shell, task, tasks
     from aque.executor import Executor
+    from aque.forms import barrier, pattern, reduce
 
 _FROM_APP = ("App", "Graph", "Handle", "Task", "current_task", "graph", "setup", "shell", "task", "tasks")
+_FROM_FORMS = ("barrier", "pattern", "reduce")
 
 __all__ = [
     "App",
@@ -26,9 +29,13 @@ __all__ = [
     "Handle",
     "Task",
     "__version__",
+    "barrier",
     "current_task",
     "errors",
     "graph",
+    "pattern",
+    "patterns",
+    "reduce",
     "setup",
     "shell",
     "states",
@@ -42,6 +49,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("aque.celery_app"), name)
     if name == "Executor":
         return import_module("aque.executor").Executor
-    if name in ("errors", "states"):
+    if name in _FROM_FORMS:
+        return getattr(import_module("aque.forms"), name)
+    if name in ("errors", "patterns", "states"):
         return import_module(f"aque.{name}")
     raise AttributeError(f"module 'aque' has no attribute {name!r}")

@@ -1,25 +1,19 @@
 """`aque.Executor`: the farm behind the interface of `concurrent.futures`."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
 from celery import Celery
-from celery import Task as CeleryTask
-from celery.local import Proxy
 
-from aque import calls, codec
+from aque.calls import Call, checked
 from aque.celery_app import app_in_use
-from aque.errors import NotSubmittable
 from aque.futures import Collector, Future
-from aque.handles import DEPENDENCY_OPTIONS, TASK_OPTIONS, edges_of, known_options, submitter_of
-from aque.naming import name_of
-from aque.submitter import Options, Submitter
+from aque.handles import submitter_of
+from aque.submitter import Options
 from aque.values import Condition, Dependency, TaskSpec
 
 #: So many calls of a `map` are written in one transaction, as one job.
@@ -39,20 +33,20 @@ class Executor(futures.Executor):
         """The options are those of `@aque.task`, and `depends_on after_any after_failed`; a task's own are used where
         nothing is given here. Raises BadInput."""
         self._app = app or app_in_use()
-        self._options = _checked(options)
+        self._options = checked(options)
         self._collector = Collector(self._app)
         self._stopped: list[bool] = []
 
     def options(self, **options: Any) -> "Executor":
         """The same executor, whose calls get these options besides: `executor.options(cpus=4).submit(render, 7)`."""
         other = Executor.__new__(Executor)
-        other.__dict__.update(self.__dict__, _options={**self._options, **_checked(options)})
+        other.__dict__.update(self.__dict__, _options={**self._options, **checked(options)})
         return other
 
     def submit(self, fn: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Future:
         """Submit one call. Raises NotSubmittable, BadInput or a StoreError, and then nothing was submitted."""
         self._check_open()
-        call = _Call.of(fn, self._options)
+        call = Call.of(fn, self._options)
         submitter = submitter_of(self._app)
         future = Future(submitter.next_id(), self._collector)
         spec = call.spec(submitter, future.task_id, args, kwargs)
@@ -72,7 +66,7 @@ class Executor(futures.Executor):
             raise ValueError("chunksize must be >= 1.")
         self._check_open()
         end = None if timeout is None else time.monotonic() + timeout
-        call = _Call.of(fn, self._options)
+        call = Call.of(fn, self._options)
         arguments: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
         if chunksize == 1:
             return self._results(self._send_all(call, arguments), end)
@@ -91,7 +85,7 @@ class Executor(futures.Executor):
         if self._stopped:
             raise RuntimeError("cannot schedule new futures after shutdown")
 
-    def _send_all(self, call: "_Call", arguments: Iterator[tuple[Any, ...]]) -> list[Future]:
+    def _send_all(self, call: Call, arguments: Iterator[tuple[Any, ...]]) -> list[Future]:
         sent: list[Future] = []
         try:
             while batch := list(islice(arguments, BATCH)):
@@ -101,7 +95,7 @@ class Executor(futures.Executor):
             raise
         return sent
 
-    def _send_batch(self, call: "_Call", batch: Sequence[tuple[Any, ...]]) -> list[Future]:
+    def _send_batch(self, call: Call, batch: Sequence[tuple[Any, ...]]) -> list[Future]:
         submitter = submitter_of(self._app)
         job_id, *ids = submitter.reserve(len(batch) + 1)
         new = [Future(task_id, self._collector) for task_id in ids]
@@ -131,73 +125,6 @@ class Executor(futures.Executor):
                 yield value
         finally:
             self._collector.withdraw([future for future in expected if not future.done()])
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What is called, and with which options; the arguments come with each call."""
-
-    function: str  #: "module:qualname"
-    name: str
-    options: Mapping[str, Any]
-    task: CeleryTask | None = None
-    args: tuple[Any, ...] = ()  #: of a partial: they come first
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, fn: Any, options: Mapping[str, Any]) -> "_Call":
-        """Raises NotSubmittable."""
-        args, kwargs = (), {}
-        if isinstance(fn, partial):
-            fn, args, kwargs = fn.func, fn.args, fn.keywords
-        if isinstance(fn, Proxy):
-            fn = fn._get_current_object()
-        if isinstance(fn, str):
-            module_name, _, qualname = fn.partition(":")
-            if not module_name or not qualname:
-                raise NotSubmittable(
-                    f"{fn!r:.60} is not MODULE:FUNCTION: write for example os.path:getsize. Nothing was submitted."
-                )
-            return cls(fn, fn.replace(":", "."), options, None, args, kwargs)
-        function = name_of(fn)
-        if not isinstance(fn, CeleryTask):
-            return cls(function, function.replace(":", "."), options, None, args, kwargs)
-        own = {name: value for name in TASK_OPTIONS if (value := getattr(fn, name, None)) is not None}
-        return cls(function, fn.name, {**own, **options}, fn, args, kwargs)
-
-    def several(self, count: int) -> "_Call":
-        """For lists of arguments: `count` of these calls as one task."""
-        options = dict(self.options)
-        if callable(paths_of := options.get("io_paths")):
-            options["io_paths"] = lambda _, calls: [path for args in calls for path in paths_of(*args)]
-        several = partial(calls.each, self.function, args=list(self.args), kwargs=dict(self.kwargs))
-        return replace(_Call.of(several, options), name=f"{self.name} [{count} calls]")
-
-    def spec(
-        self, submitter: Submitter, task_id: int, args: Sequence[Any], kwargs: Mapping[str, Any], **place: Any
-    ) -> TaskSpec:
-        """A call as a task."""
-        args, kwargs = (*self.args, *args), {**self.kwargs, **kwargs}
-        if self.task is not None and self.task.typing:
-            self.task.__header__(*args, **kwargs)
-        arguments, inputs = codec.encode_arguments(args, kwargs)
-        options = {name: value for name, value in self.options.items() if name not in DEPENDENCY_OPTIONS}
-        if callable(options.get("io_paths")):
-            options["io_paths"] = options["io_paths"](*args, **kwargs)
-        edges = edges_of({name: _ids(self.options[name]) for name in DEPENDENCY_OPTIONS if name in self.options})
-        edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
-        chosen = Options(**known_options(options), dependencies=tuple(edges), **place)
-        return submitter.function(task_id, self.function, self.name, arguments, inputs, chosen)
-
-
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    known_options({name: value for name, value in options.items() if name not in DEPENDENCY_OPTIONS})
-    return dict(options)
-
-
-def _ids(tasks: Any) -> list[Any]:
-    several = tasks if isinstance(tasks, (list, tuple, set, frozenset)) else [tasks]
-    return [task.task_id if isinstance(task, Future) else task for task in several]
 
 
 def _flat(results: Iterator[list[Any]]) -> Iterator[Any]:

@@ -31,7 +31,7 @@ from aque.commands import Running as RunningCommand
 from aque.resources import Capacity, format_cpus
 from aque.settings import Settings
 from aque.states import Reason, State
-from aque.values import ClaimedTask, HostFailure, Outcome, Pattern, Usage
+from aque.values import OWN_INTERPRETER, ClaimedTask, HostFailure, Outcome, Pattern, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Attempt:
     def start_sandboxed(self, environment: dict[bytes, bytes], user: OtherUser | None) -> None:
         """Hand the function to an interpreter of its own, under a supervisor."""
         task, limit = self.task, self._runner.settings.result_limit_bytes
-        interpreter = os.fsencode(task.interpreter or sys.executable)
+        interpreter = os.fsencode(sys.executable if task.interpreter in ("", OWN_INTERPRETER) else task.interpreter)
         script_directory = task.import_path[0] if task.import_path else ""
         asked = sandbox.request(task.function, task.arguments, task.results, script_directory, limit)
         self._supervise(

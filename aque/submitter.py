@@ -75,7 +75,8 @@ class Options:
     max_attempts: int = 1
     requeue: bool = True  #: False: if its worker dies, it is not run again
     strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
-    interpreter: str = ""  #: of a Python task: a program such as /usr/bin/python3
+    #: of a Python task: a program such as /usr/bin/python3; "worker": the worker's own, in a process of its own
+    interpreter: str = ""
     user: str = ""  #: whose process it becomes; empty: the submitter's. Only root may name another
     layer: str = ""
     dependencies: tuple[Dependency, ...] = ()
