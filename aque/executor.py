@@ -9,10 +9,10 @@ from typing import Any
 
 from celery import Celery
 
-from aque.calls import Call, checked
 from aque.celery_app import app_in_use
 from aque.futures import Collector, Future
 from aque.handles import submitter_of
+from aque.named_calls import NamedCall, checked
 from aque.submitter import Options
 from aque.values import Condition, Dependency, TaskSpec
 
@@ -46,7 +46,7 @@ class Executor(futures.Executor):
     def submit(self, fn: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Future:
         """Submit one call. Raises NotSubmittable, BadInput or a StoreError, and then nothing was submitted."""
         self._check_open()
-        call = Call.of(fn, self._options)
+        call = NamedCall.of(fn, self._options)
         submitter = submitter_of(self._app)
         future = Future(submitter.next_id(), self._collector)
         spec = call.spec(submitter, future.task_id, args, kwargs)
@@ -66,7 +66,7 @@ class Executor(futures.Executor):
             raise ValueError("chunksize must be >= 1.")
         self._check_open()
         end = None if timeout is None else time.monotonic() + timeout
-        call = Call.of(fn, self._options)
+        call = NamedCall.of(fn, self._options)
         arguments: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
         if chunksize == 1:
             return self._results(self._send_all(call, arguments), end)
@@ -85,7 +85,7 @@ class Executor(futures.Executor):
         if self._stopped:
             raise RuntimeError("cannot schedule new futures after shutdown")
 
-    def _send_all(self, call: Call, arguments: Iterator[tuple[Any, ...]]) -> list[Future]:
+    def _send_all(self, call: NamedCall, arguments: Iterator[tuple[Any, ...]]) -> list[Future]:
         sent: list[Future] = []
         try:
             while batch := list(islice(arguments, BATCH)):
@@ -95,7 +95,7 @@ class Executor(futures.Executor):
             raise
         return sent
 
-    def _send_batch(self, call: Call, batch: Sequence[tuple[Any, ...]]) -> list[Future]:
+    def _send_batch(self, call: NamedCall, batch: Sequence[tuple[Any, ...]]) -> list[Future]:
         submitter = submitter_of(self._app)
         job_id, *ids = submitter.reserve(len(batch) + 1)
         new = [Future(task_id, self._collector) for task_id in ids]

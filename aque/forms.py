@@ -7,12 +7,12 @@ from typing import Any
 from celery import Celery
 
 from aque import own_tasks, patterns
-from aque.calls import Call, checked
 from aque.celery_app import app_in_use, graph
 from aque.errors import BadInput
 from aque.futures import Future
 from aque.graphs import open_graph, submit_or_add
 from aque.handles import Handle, backend_of, id_of, submitter_of
+from aque.named_calls import NamedCall, checked
 from aque.submitter import Options
 from aque.values import OWN_INTERPRETER, Condition, Dependency
 
@@ -63,13 +63,13 @@ def reduce(
         (only,) = values
         if isinstance(only, Handle):
             return only
-        return only.handle if isinstance(only, Future) else Call.of(own_tasks.same, {}).submit(app, [only], {})
-    call = Call.of(function, checked(options))
+        return only.handle if isinstance(only, Future) else NamedCall.of(own_tasks.same, {}).submit(app, [only], {})
+    call = NamedCall.of(function, checked(options))
     with nullcontext() if open_graph.get() is not None else graph(f"reduce {call.name}", app):
         return _combined(app, call, values, arity)
 
 
-def _combined(app: Celery, call: Call, values: list[Any], arity: int) -> Handle:
+def _combined(app: Celery, call: NamedCall, values: list[Any], arity: int) -> Handle:
     """The task with the result; there are at least two values."""
     while len(values) > 1:
         starts = range(0, len(values), arity)
@@ -93,7 +93,7 @@ def pattern(name: str, app: Celery | None = None, **options: Any) -> Callable[..
         chosen = {**found.options(**parts), **given}
         if not found.in_pool:
             chosen.setdefault("interpreter", OWN_INTERPRETER)
-        call = Call(f"{patterns.__name__}:named.{name}", str(chosen.pop("name", name)), checked(chosen))
+        call = NamedCall(f"{patterns.__name__}:named.{name}", str(chosen.pop("name", name)), checked(chosen))
         return call.submit(app or app_in_use(), [], parts)
 
     return submit

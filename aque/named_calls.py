@@ -20,7 +20,7 @@ from aque.values import Dependency, TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class NamedCall:
     """What is called, and with which options; the arguments come with each call."""
 
     function: str  #: "module:qualname"
@@ -31,7 +31,7 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, fn: Any, options: Mapping[str, Any]) -> "Call":
+    def of(cls, fn: Any, options: Mapping[str, Any]) -> "NamedCall":
         """Raises NotSubmittable."""
         args, kwargs = (), {}
         if isinstance(fn, partial):
@@ -51,13 +51,13 @@ class Call:
         own = {name: value for name in TASK_OPTIONS if (value := getattr(fn, name, None)) is not None}
         return cls(function, fn.name, {**own, **options}, fn, args, kwargs)
 
-    def several(self, count: int) -> "Call":
+    def several(self, count: int) -> "NamedCall":
         """For lists of arguments: `count` of these calls as one task."""
         options = dict(self.options)
         if callable(paths_of := options.get("io_paths")):
             options["io_paths"] = lambda _, calls: [path for args in calls for path in paths_of(*args)]
         several = partial(own_tasks.each, self.function, args=list(self.args), kwargs=dict(self.kwargs))
-        return replace(Call.of(several, options), name=f"{self.name} [{count} calls]")
+        return replace(NamedCall.of(several, options), name=f"{self.name} [{count} calls]")
 
     def spec(
         self, submitter: Submitter, task_id: int, args: Sequence[Any], kwargs: Mapping[str, Any], **place: Any
