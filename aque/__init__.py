@@ -3,6 +3,7 @@
 Public names, imported when they are first used (so that `import aque` costs nothing):
     task, shell, graph, tasks, current_task     submit and ask
     barrier, pattern, reduce                    other forms of work
+    execute                                     in this process, without a farm
     Executor                                    functions by name, as concurrent.futures has it
     App, Task, Handle, setup                    Celery apps
     errors, patterns, states                    modules
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from aque.celery_app import App, Graph, Handle, Task, current_task, graph, setup, shell, task, tasks
     from aque.executor import Executor
     from aque.forms import barrier, pattern, reduce
+    from aque.inprocess import execute
 
 _FROM_APP = ("App", "Graph", "Handle", "Task", "current_task", "graph", "setup", "shell", "task", "tasks")
+_ELSEWHERE = {"Executor": "aque.executor", "execute": "aque.inprocess"}
 _FROM_FORMS = ("barrier", "pattern", "reduce")
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "barrier",
     "current_task",
     "errors",
+    "execute",
     "graph",
     "pattern",
     "patterns",
@@ -47,8 +51,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _FROM_APP:
         return getattr(import_module("aque.celery_app"), name)
-    if name == "Executor":
-        return import_module("aque.executor").Executor
+    if name in _ELSEWHERE:
+        return getattr(import_module(_ELSEWHERE[name]), name)
     if name in _FROM_FORMS:
         return getattr(import_module("aque.forms"), name)
     if name in ("errors", "patterns", "states"):

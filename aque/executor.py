@@ -10,8 +10,9 @@ from typing import Any
 from celery import Celery
 
 from aque.celery_app import app_in_use
+from aque.errors import BadInput
 from aque.futures import Collector, Future
-from aque.handles import submitter_of
+from aque.handles import stand_in, submitter_of
 from aque.named_calls import NamedCall, checked
 from aque.submitter import Options
 from aque.values import Condition, Dependency, TaskSpec
@@ -84,6 +85,8 @@ class Executor(futures.Executor):
     def _check_open(self) -> None:
         if self._stopped:
             raise RuntimeError("cannot schedule new futures after shutdown")
+        if stand_in.get() is not None:
+            raise BadInput("an executor needs the farm: inside aque.execute submit with .delay(), and use .get().")
 
     def _send_all(self, call: NamedCall, arguments: Iterator[tuple[Any, ...]]) -> list[Future]:
         sent: list[Future] = []

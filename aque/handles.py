@@ -1,6 +1,8 @@
 """The handle that stands for a submitted task, and what every way to submit one needs: options, dependencies, ids."""
 
 from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -84,11 +86,24 @@ class Handle(AsyncResult):
 codec.register_handle(Handle, lambda handle: handle.number)
 
 
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """What takes the place of the farm, see `aque.execute`."""
+
+    submitter: Submitter
+    backend: Backend
+
+
+#: Of the tasks that are submitted in this context; None: the farm.
+stand_in: ContextVar[StandIn | None] = ContextVar("stand_in", default=None)
+
 _submitters: dict[int, Submitter] = {}
 _backends: dict[int, Backend] = {}
 
 
 def submitter_of(app: Celery) -> Submitter:
+    if (instead := stand_in.get()) is not None:
+        return instead.submitter
     farm = farm_of(app)
     key = id(farm.store)  # the store stays open as long as the process
     if key not in _submitters:
@@ -97,6 +112,8 @@ def submitter_of(app: Celery) -> Submitter:
 
 
 def backend_of(app: Celery) -> Backend:
+    if (instead := stand_in.get()) is not None:
+        return instead.backend
     if id(app) not in _backends:
         _backends[id(app)] = Backend(app=app)
     return _backends[id(app)]

@@ -65,3 +65,18 @@ def bound(self: Any, value: int) -> list[Any]:
 
 
 unnamed = lambda: None  # noqa: E731
+
+
+@aque.task
+def factorial(n: int) -> int:
+    """By a task for each factor, which waits for the next."""
+    return n * int(factorial.delay(n - 1).get(disable_sync_subtasks=False)) if n > 1 else 1
+
+
+@aque.task
+def succeed_at(attempt: int) -> int:
+    task = aque.current_task()
+    assert task is not None
+    if task.attempt < attempt:
+        raise RuntimeError(f"attempt {task.attempt}")
+    return task.attempt

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import aque
-from aque.errors import BadInput, NotSubmittable, RemoteError, TaskCancelled, TaskKilled, TaskSkipped
+from aque.errors import BadInput, NotSubmittable, RemoteError, StoreUnreachable, TaskCancelled, TaskKilled, TaskSkipped
 from aque.futures import Collector, Future
 from tests.servers import PostgreSQL, wait_until
 from tests.worker import functions, tasks
