@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent import futures
 from contextlib import closing
 from itertools import islice
@@ -19,6 +19,7 @@ from aque.handles import Handle, backend_of
 from aque.states import ACTIVE_STATES, State
 from aque.store import Store, StoredResult
 from aque.waiter import WINDOW, Waiter
+from aque.within import giving_way
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,21 @@ class Future(futures.Future[Any]):
     def handle(self) -> Handle:
         """The task, for everything that a future has not: its state, its progress, a kill while it runs."""
         return self._collector.handle(self.task_id)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the call returned; raises what `.get()` of its handle would. A task that waits here holds no CPUs meanwhile."""
+        self._wait(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What `result` would raise; None after a success."""
+        self._wait(timeout)
+        return super().exception(0)
+
+    def _wait(self, timeout: float | None) -> None:
+        if not self.done():
+            for _ in giving_way(_looks_at(self, timeout)):
+                pass
 
     def cancel(self) -> bool:
         """Withdraw the task if no worker has it yet, for all who wait for it; False if one has, or it has ended. Asks the
@@ -76,6 +92,12 @@ class Future(futures.Future[Any]):
         """Let all who wait know that it was cancelled."""
         super().cancel()
         self.set_running_or_notify_cancel()
+
+
+def _looks_at(future: Future, timeout: float | None) -> Iterator[None]:
+    """For `giving_way`: a look that has been had already, then the wait."""
+    yield
+    futures.wait([future], timeout)
 
 
 codec.register_handle(Future, lambda future: future.task_id)

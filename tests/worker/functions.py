@@ -80,3 +80,8 @@ def succeed_at(attempt: int) -> int:
     if task.attempt < attempt:
         raise RuntimeError(f"attempt {task.attempt}")
     return task.attempt
+
+
+def depth(levels: int) -> int:
+    """By a task for each level, whose future the one above waits for."""
+    return 1 + int(aque.Executor().submit(depth, levels - 1).result()) if levels else 0

@@ -154,6 +154,11 @@ def test_futures_can_be_awaited(farm: Farm) -> None:
     assert isinstance(error, tasks.OwnError)
 
 
+def test_a_task_that_waits_for_a_future_holds_no_place(farm: Farm) -> None:
+    with aque.Executor() as executor:  # deeper than the worker has pool children
+        assert executor.submit(functions.depth, 6).result(LIMIT) == 6
+
+
 # -- cancel ---------------------------------------------------------------------------------------------------------------
 
 
