@@ -55,7 +55,9 @@ class NamedCall:
         """For lists of arguments: `count` of these calls as one task."""
         options = dict(self.options)
         if callable(paths_of := options.get("io_paths")):
-            options["io_paths"] = lambda _, calls: [path for args in calls for path in paths_of(*args)]
+            options["io_paths"] = lambda _, calls, args, kwargs: [
+                path for own in calls for path in paths_of(*args, *own, **kwargs)
+            ]
         several = partial(own_tasks.each, self.function, args=list(self.args), kwargs=dict(self.kwargs))
         return replace(NamedCall.of(several, options), name=f"{self.name} [{count} calls]")
 
