@@ -59,7 +59,7 @@ class NamedCall:
                 path for own in calls for path in paths_of(*args, *own, **kwargs)
             ]
         several = partial(own_tasks.each, self.function, args=list(self.args), kwargs=dict(self.kwargs))
-        return replace(NamedCall.of(several, options), name=f"{self.name} [{count} calls]")
+        return replace(NamedCall.of(several, options), name=f"{self.name} ({count} calls)")
 
     def spec(
         self, submitter: Submitter, task_id: int, args: Sequence[Any], kwargs: Mapping[str, Any], **place: Any
