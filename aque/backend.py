@@ -7,13 +7,14 @@ from typing import Any
 
 from celery.backends.base import BaseBackend as CeleryBackend
 from celery.exceptions import TimeoutError as CeleryTimeoutError
+from celery.result import AsyncResult
 from celery.states import READY_STATES
 
 from aque import codec
 from aque.errors import UnknownTask
 from aque.farm import farm_of
 from aque.states import CELERY_STATE, COMPLETE_STATES, State
-from aque.store import StoredResult
+from aque.store import StoredResult, Tree
 from aque.values import Pattern
 from aque.waiter import Waiter
 from aque.within import giving_way
@@ -54,12 +55,14 @@ class Backend(CeleryBackend):
     def _meta(self, celery_id: str, stored: StoredResult, store: Any, connection: Any) -> dict[str, Any]:
         result: Any = None
         if stored.state is State.SUCCESS:
-            if stored.pattern is Pattern.SHELL:
+            if stored.pattern in (Pattern.SHELL, Pattern.GROUP):
                 result = codec.decode_result(store.values(connection, [stored.id])[stored.id])
             else:
                 result = codec.decode_result(stored.value)
         elif stored.state in COMPLETE_STATES:
-            result = codec.exception(stored)
+            is_failed_group = stored.pattern is Pattern.GROUP and stored.state is State.ERROR
+            cause = self._cause(stored.id, store, connection) if is_failed_group else None
+            result = cause or codec.exception(stored)
         return {
             "status": CELERY_STATE[stored.state],
             "result": result,
@@ -69,6 +72,60 @@ class Backend(CeleryBackend):
             "children": [],
             "date_done": None if stored.finished_at is None else datetime.fromtimestamp(stored.finished_at, UTC),
         }
+
+    def states(self, celery_ids: list[str]) -> list[str]:
+        """Celery's states of these tasks, PENDING of one that there is not; one query for all."""
+        if not celery_ids:
+            return []
+        store = farm_of(self.app).store
+        with store.connect() as connection:
+            ids = store.ids_of(connection, celery_ids)
+            done = store.completed(connection, ids.values())
+        return [CELERY_STATE[done[ids[i]]] if ids.get(i) in done else "PENDING" for i in celery_ids]
+
+    def cause(self, celery_id: str) -> Exception | None:
+        """The exception of the task whose end made this one end badly; None if there is none."""
+        store = farm_of(self.app).store
+        with store.connect() as connection:
+            ids = store.ids_of(connection, [celery_id])
+            return self._cause(ids[celery_id], store, connection) if celery_id in ids else None
+
+    def _cause(self, task_id: int, store: Any, connection: Any) -> Exception | None:
+        found = store.groups.cause(connection, task_id)
+        stored = store.stored_results(connection, [found]).get(found) if found is not None else None
+        return None if stored is None else codec.exception(stored)
+
+    # -- groups -------------------------------------------------------------------------------------------------------
+
+    def group_tree(self, celery_id: str) -> Tree | None:
+        """A group and its members by their ids; None if there is no such group."""
+        store = farm_of(self.app).store
+        with store.connect() as connection:
+            ids = store.ids_of(connection, [celery_id])
+            return store.groups.tree(connection, ids[celery_id]) if celery_id in ids else None
+
+    def restore_group(self, group_id: Any, cache: bool = True) -> Any:
+        """The group with this id as Celery's GroupResult; None if there is none."""
+        tree = self.group_tree(str(group_id))
+        return None if tree is None else self._restored(tree)
+
+    def _restored(self, tree: Tree) -> Any:
+        group_id, members = tree
+        results = [
+            AsyncResult(member, app=self.app, backend=self) if isinstance(member, str) else self._restored(member)
+            for member in members
+        ]
+        return self.app.GroupResult(group_id, results)
+
+    def save_group(self, group_id: Any, result: Any) -> Any:
+        """Nothing: the table has it."""
+        return result
+
+    def delete_group(self, group_id: Any) -> None:
+        """Nothing: rows stay until their retention ends."""
+
+    def forget(self, task_id: Any) -> None:
+        """Nothing: rows stay until their retention ends."""
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 
@@ -115,6 +172,8 @@ class Backend(CeleryBackend):
     def _wait(
         self, celery_ids: list[str], timeout: float | None, on_interval: Callable[[], Any] | None
     ) -> Iterator[dict[str, Any]]:
+        if not celery_ids:
+            return
         store = farm_of(self.app).store
         with store.connect() as connection:
             ids = store.ids_of(connection, celery_ids)

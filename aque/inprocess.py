@@ -15,7 +15,7 @@ from celery.canvas import Signature
 from celery.result import AsyncResult, ResultSet
 from celery.states import FAILURE, SUCCESS
 
-from aque import child, codec, deps
+from aque import canvas, child, codec, deps
 from aque.backend import Backend
 from aque.celery_app import app_in_use
 from aque.errors import BadInput, CommandFailed, TaskCancelled, TaskSkipped, UnknownTask
@@ -48,7 +48,8 @@ def execute(work: Any, /, *args: Any, **kwargs: Any) -> Any:
     app: Celery = work.app if isinstance(work, Signature) else app_in_use()
     run = _Run(app)
     with run.entered():
-        found = work.apply_async(args, kwargs) if isinstance(work, Signature) else work(*args, **kwargs)
+        # Not its apply_async, which makes messages of what has no Aque task in it.
+        found = canvas.submit(work, args, kwargs, app=app) if isinstance(work, Signature) else work(*args, **kwargs)
         run.finish()
         value = _with_results(run, found)
         run.raise_untold()
@@ -311,11 +312,17 @@ class _Drafts(Submitter):
     def next_id(self) -> int:
         return next(self._next)
 
-    def submit(self, specs: Sequence[TaskSpec]) -> dict[int, State]:
+    def submit(self, specs: Sequence[TaskSpec], joins: tuple[int, int] | None = None) -> dict[int, State]:
+        if joins is not None:
+            raise BadInput("a group that runs in this process takes no more members.")
         return self._run.add(specs)
 
     def check_possible(self, specs: Iterable[TaskSpec]) -> None:
         """This process runs everything."""
+
+    def _parent(self) -> int | None:
+        """None: what a child inherits has no effect here, and is in the store."""
+        return None
 
 
 class _Results(Backend):

@@ -354,6 +354,7 @@ class Attempt:
             "aque_attempt": task.attempt,
             "aque_ignores": bool(task.extra.get("ignore_result")) and not task.dependents,
             "aque_worker": self.address,
+            "aque_errbacks": task.extra.get("errbacks"),  # for `self.replace`; not Celery's name, or it would call them
         }
 
     def _on_accepted(self, pid: int, accepted: float) -> None:

@@ -92,7 +92,8 @@ class TaskSpec:
     children: Children = Children.WAIT
     function: str = ""  #: PYTHON: "module:qualname", or "@name" of a task that the worker's Celery app has registered
     arguments: bytes = b""  #: PYTHON: JSON of [args, kwargs]
-    inputs: tuple[int, ...] = ()  #: PYTHON: tasks whose results the arguments name
+    #: PYTHON: tasks whose results the arguments name. GROUP: members whose results make its own, in order
+    inputs: tuple[int, ...] = ()
     argv: tuple[bytes, ...] = ()  #: SHELL
     stdin: bytes | None = None  #: SHELL; None: /dev/null
     redirections: Redirections = NO_REDIRECTIONS  #: SHELL
@@ -117,7 +118,8 @@ class TaskSpec:
     strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
     submitter: str = ""
     celery_id: str | None = None
-    #: what has no column: "headers", "stamps" and "stamped_headers" as Celery's messages have them, "ignore_result"
+    #: what has no column: "headers", "stamps" and "stamped_headers" as Celery's messages have them, "ignore_result",
+    #: "errbacks": signatures
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -10,6 +10,7 @@ from aque.store.engine import (
     one_statement,
     transaction,
 )
+from aque.store.groups import Tree
 from aque.store.limits import LimitRow
 from aque.store.refusals import Refusal
 from aque.store.store import (
@@ -42,6 +43,7 @@ __all__ = [
     "Released",
     "Store",
     "StoredResult",
+    "Tree",
     "WorkerRow",
     "again",
     "attempt_write",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import aque
-from tests.worker.tasks import OwnError, append, wait_for
+from tests.worker.tasks import OwnError, add, append, wait_for
 
 
 @aque.task
@@ -85,3 +85,14 @@ def succeed_at(attempt: int) -> int:
 def depth(levels: int) -> int:
     """By a task for each level, whose future the one above waits for."""
     return 1 + int(aque.Executor().submit(depth, levels - 1).result()) if levels else 0
+
+
+@aque.task(bind=True)
+def replaced(self: Any, value: int) -> Any:
+    return self.replace(add.s(value, 1))
+
+
+@aque.task
+def write_error(request: Any, exc: BaseException, traceback: str, path: str) -> None:
+    """An error callback."""
+    append(path, f"{type(exc).__name__}: {exc}")
