@@ -10,10 +10,12 @@ from celery import Task as CeleryTask
 from celery.local import Proxy
 
 from aque import codec, own_tasks
+from aque.calls import function_of, spec_of_call
+from aque.celery_options import own_options
 from aque.errors import NotSubmittable
 from aque.futures import Future
 from aque.graphs import open_graph, submit_or_add
-from aque.handles import DEPENDENCY_OPTIONS, TASK_OPTIONS, Handle, backend_of, edges_of, known_options, submitter_of
+from aque.handles import DEPENDENCY_OPTIONS, Handle, backend_of, edges_of, known_options, submitter_of
 from aque.naming import name_of
 from aque.submitter import Options, Submitter
 from aque.values import Dependency, TaskSpec
@@ -23,7 +25,7 @@ from aque.values import Dependency, TaskSpec
 class NamedCall:
     """What is called, and with which options; the arguments come with each call."""
 
-    function: str  #: "module:qualname"
+    function: str  #: "module:qualname", or "@name" of a task
     name: str
     options: Mapping[str, Any]
     task: CeleryTask | None = None
@@ -45,15 +47,14 @@ class NamedCall:
                     f"{fn!r:.60} is not MODULE:FUNCTION: write for example os.path:getsize. Nothing was submitted."
                 )
             return cls(fn, fn.replace(":", "."), options, None, args, kwargs)
+        if isinstance(fn, CeleryTask):
+            return cls(function_of(fn, fn.name), fn.name, options, fn, args, kwargs)
         function = name_of(fn)
-        if not isinstance(fn, CeleryTask):
-            return cls(function, function.replace(":", "."), options, None, args, kwargs)
-        own = {name: value for name in TASK_OPTIONS if (value := getattr(fn, name, None)) is not None}
-        return cls(function, fn.name, {**own, **options}, fn, args, kwargs)
+        return cls(function, function.replace(":", "."), options, None, args, kwargs)
 
     def several(self, count: int) -> "NamedCall":
         """For lists of arguments: `count` of these calls as one task."""
-        options = dict(self.options)
+        options = {**own_options(self.task), **self.options}
         if callable(paths_of := options.get("io_paths")):
             options["io_paths"] = lambda _, calls, args, kwargs: [
                 path for own in calls for path in paths_of(*args, *own, **kwargs)
@@ -66,15 +67,19 @@ class NamedCall:
     ) -> TaskSpec:
         """A call as a task."""
         args, kwargs = (*self.args, *args), {**self.kwargs, **kwargs}
-        if self.task is not None and self.task.typing:
-            self.task.__header__(*args, **kwargs)
+        waits_for = {name: _handles(self.options[name]) for name in DEPENDENCY_OPTIONS if name in self.options}
+        if self.task is not None:
+            options = {**self.options, **waits_for}
+            return spec_of_call(
+                self.task.app, submitter, task_id, self.name, self.task, args, kwargs, options, place=place
+            )
         arguments, inputs = codec.encode_arguments(args, kwargs)
-        options = {name: value for name, value in self.options.items() if name not in DEPENDENCY_OPTIONS}
-        if callable(options.get("io_paths")):
-            options["io_paths"] = options["io_paths"](*args, **kwargs)
-        edges = edges_of({name: _handles(self.options[name]) for name in DEPENDENCY_OPTIONS if name in self.options})
+        given = {name: value for name, value in self.options.items() if name not in DEPENDENCY_OPTIONS}
+        if callable(given.get("io_paths")):
+            given["io_paths"] = given["io_paths"](*args, **kwargs)
+        edges = edges_of(waits_for)
         edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
-        chosen = Options(**known_options(options), dependencies=tuple(edges), **place)
+        chosen = Options(**known_options(given), dependencies=tuple(edges), **place)
         return submitter.function(task_id, self.function, self.name, arguments, inputs, chosen)
 
     def submit(self, app: Celery, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Handle:
