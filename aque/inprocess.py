@@ -20,6 +20,7 @@ from aque.backend import Backend
 from aque.celery_app import app_in_use
 from aque.errors import BadInput, CommandFailed, TaskCancelled, TaskSkipped, UnknownTask
 from aque.farm import settings_of
+from aque.graphs import open_graph
 from aque.handles import StandIn, stand_in
 from aque.settings import Settings
 from aque.states import CELERY_STATE, Reason, State
@@ -103,18 +104,20 @@ class _Run:
     def entered(self) -> Iterator[None]:
         """What is submitted comes here."""
         token = stand_in.set(StandIn(_Drafts(self, self._settings), _Results(self, self._app)))
+        outer = open_graph.set(None)
         try:
             yield
         finally:
+            open_graph.reset(outer)
             stand_in.reset(token)
 
     def add(self, specs: Sequence[TaskSpec]) -> dict[int, State]:
         new = {spec.id: spec for spec in specs}
         deps.in_order({spec.id: spec.dependencies for spec in specs})  # raises Cycle
-        everything = self._specs | new
-        if unknown := [d.upstream for spec in specs for d in spec.dependencies if d.upstream not in everything]:
+        upstream = {d.upstream for spec in specs for d in spec.dependencies}
+        if unknown := [i for i in upstream if i not in self._specs and i not in new]:
             raise UnknownTask(unknown)
-        self._specs = everything
+        self._specs.update(new)
         self._numbers.update((spec.celery_id or str(spec.id), spec.id) for spec in specs)
         return dict.fromkeys(new, State.PENDING)
 
@@ -129,7 +132,8 @@ class _Run:
             return None
         needed, look = {task_id}, [task_id]
         while look:
-            new = {d.upstream for d in self._specs[look.pop()].dependencies} - needed
+            upstream = {d.upstream for d in self._specs[look.pop()].dependencies}
+            new = {i for i in upstream if i not in needed and i not in self._ended}
             needed |= new
             look += new
         if stuck := (needed & self._began) - self._ended.keys():
