@@ -134,6 +134,7 @@ class TaskPool(prefork.TaskPool):
     """Celery's prefork pool of such children, on such locks."""
 
     BlockingPool: Any = _Pool
+    Timer: Any = _Timer
     #: So many children have a function that waits for other tasks: as many more are there in their place.
     lent = 0
 
@@ -148,8 +149,6 @@ class TaskPool(prefork.TaskPool):
         self.lent -= 1
         self._pool._processes -= 1
         self._pool._taskqueue.put(([None], None))
-
-    Timer: Any = _Timer
 
     def tell_children(self, *listeners: Callable[[int], None]) -> None:
         """Call the listeners with the pid of each child that there is and will be."""
