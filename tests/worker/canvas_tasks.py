@@ -98,7 +98,7 @@ def extends(self: Any, number: int) -> int:
 
 @aque.task(bind=True)
 def stamps(self: Any) -> Any:
-    return [self.request.stamped_headers, self.request.stamps, self.request.headers]
+    return [self.request.stamped_headers, self.request.stamps, (self.request.headers or {}).get("trace")]
 
 
 @aque.task
@@ -110,6 +110,11 @@ def submits(numbers: list[int]) -> str:
 @shared_task
 def plain_add(left: int, right: int) -> int:
     return left + right
+
+
+@shared_task(bind=True)
+def plain_replaced(self: Any, number: int) -> Any:
+    raise self.replace(chain(plain_add.s(number, 1), plain_add.s(1)))
 
 
 def _unreachable_by_name() -> Any:
