@@ -16,7 +16,7 @@ from aque import codec
 from aque.errors import StoreError, UnknownTask
 from aque.farm import farm_of
 from aque.states import ACTIVE_STATES, CELERY_STATE, COMPLETE_STATES, State
-from aque.store import Call, Store, StoredResult
+from aque.store import Call, Store, StoredResult, Tree
 from aque.values import Pattern
 from aque.waiter import Waiter
 from aque.within import giving_way
@@ -89,13 +89,15 @@ class Backend(CeleryBackend):
     def _meta(self, celery_id: str, stored: StoredResult, store: Store, connection: Any) -> dict[str, Any]:
         result: Any = None
         if stored.state is State.SUCCESS:
-            if stored.pattern is Pattern.SHELL:
+            if stored.pattern in (Pattern.SHELL, Pattern.GROUP):
                 result = codec.decode_result(store.values(connection, [stored.id])[stored.id])
             else:
                 result = codec.decode_result(stored.value)
         elif stored.state in COMPLETE_STATES:
+            is_failed_group = stored.pattern is Pattern.GROUP and stored.state is State.ERROR
+            cause = self._cause(stored.id, store, connection) if is_failed_group else None
             # In a store of one's own an exception's module is imported; where others write, only what is loaded counts.
-            result = codec.exception(stored, may_import=not farm_of(self.app).settings.is_shared)
+            result = cause or codec.exception(stored, may_import=not farm_of(self.app).settings.is_shared)
         return {
             "status": CELERY_STATE[stored.state],
             "result": result,
@@ -117,6 +119,57 @@ class Backend(CeleryBackend):
         with store.connect() as connection:
             ids = store.ids_of(connection, [str(task_id)])
         store.retention.forget(ids.values())
+
+    def states(self, celery_ids: list[str]) -> list[str]:
+        """Celery's states of these tasks, PENDING of one that there is not; one query for all."""
+        if not celery_ids:
+            return []
+        store = farm_of(self.app).store
+        with store.connect() as connection:
+            ids = store.ids_of(connection, celery_ids)
+            done = store.completed(connection, ids.values())
+        return [CELERY_STATE[done[ids[i]]] if ids.get(i) in done else "PENDING" for i in celery_ids]
+
+    def cause(self, celery_id: str) -> Exception | None:
+        """The exception of the task whose end made this one end badly; None if there is none."""
+        store = farm_of(self.app).store
+        with store.connect() as connection:
+            ids = store.ids_of(connection, [celery_id])
+            return self._cause(ids[celery_id], store, connection) if celery_id in ids else None
+
+    def _cause(self, task_id: int, store: Any, connection: Any) -> Exception | None:
+        found = store.groups.cause(connection, task_id)
+        stored = store.stored_results(connection, [found]).get(found) if found is not None else None
+        return None if stored is None else codec.exception(stored, may_import=not farm_of(self.app).settings.is_shared)
+
+    # -- groups -------------------------------------------------------------------------------------------------------
+
+    def group_tree(self, celery_id: str) -> Tree | None:
+        """A group and its members by their ids; None if there is no such group."""
+        store = farm_of(self.app).store
+        with store.connect() as connection:
+            ids = store.ids_of(connection, [celery_id])
+            return store.groups.tree(connection, ids[celery_id]) if celery_id in ids else None
+
+    def restore_group(self, group_id: Any, cache: bool = True) -> Any:
+        """The group with this id as Celery's GroupResult; None if there is none."""
+        tree = self.group_tree(str(group_id))
+        return None if tree is None else self._restored(tree)
+
+    def _restored(self, tree: Tree) -> Any:
+        group_id, members = tree
+        results = [
+            AsyncResult(member, app=self.app, backend=self) if isinstance(member, str) else self._restored(member)
+            for member in members
+        ]
+        return self.app.GroupResult(group_id, results)
+
+    def save_group(self, group_id: Any, result: Any) -> Any:
+        """Nothing: the table has it."""
+        return result
+
+    def delete_group(self, group_id: Any) -> None:
+        """Nothing: rows stay until their retention ends."""
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 
@@ -159,6 +212,8 @@ class Backend(CeleryBackend):
         self, celery_ids: list[str], timeout: float | None, on_interval: Callable[[], Any] | None
     ) -> Iterator[dict[str, Any]]:
         """The metas of these tasks as they end. Raises Celery's TimeoutError, or UnknownTask as the settings say."""
+        if not celery_ids:
+            return
         farm = farm_of(self.app)
         store = farm.store
         end = None if timeout is None else time.monotonic() + timeout

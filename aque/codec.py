@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from celery.app.task import Context
+from celery.exceptions import ChordError
 from kombu.utils import json as _kombu_json
 
 from aque.errors import (
@@ -39,9 +41,19 @@ _references: ContextVar[list[int] | None] = ContextVar("_references", default=No
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The result of another task, among decoded arguments."""
+    """The result of another task, among arguments."""
 
     task_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What Celery tells an error callback of the task that failed: one of its arguments, among others."""
+
+    task_id: int  #: whose failure; a group's is that of its member
+    part: str  #: "request", "exception" or "traceback"
+    id: str = ""  #: of the task that was linked, as Celery knows it
+    name: str = ""
 
 
 def register_handle(handle_class: type, task_id: Callable[[Any], int]) -> None:
@@ -55,6 +67,28 @@ def register_handle(handle_class: type, task_id: Callable[[Any], int]) -> None:
         return referred[-1]
 
     kombu_json.register_type(handle_class, "aque.result", encode, Reference)
+
+
+def _encode_reference(reference: Any) -> Any:
+    referred = _references.get()
+    if referred is None:
+        raise TypeError("what refers to another task can be an argument, not a part of a result")
+    referred.append(reference.task_id)
+    if isinstance(reference, Failure):
+        return [reference.task_id, reference.part, reference.id, reference.name]
+    return reference.task_id
+
+
+kombu_json.register_type(Reference, "aque.result", _encode_reference, Reference)
+kombu_json.register_type(Failure, "aque.failure", _encode_reference, lambda fields: Failure(*fields))
+
+
+def plain(what: str, value: Any) -> Any:
+    """The same in the types that JSON has, others marked as kombu marks them. Raises NotSubmittable, which names `what`."""
+    try:
+        return json.loads(kombu_json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise NotSubmittable(f"{what} cannot be written as JSON: {error}. Nothing was submitted.") from error
 
 
 def encode_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, tuple[int, ...]]:
@@ -85,11 +119,33 @@ def decode_arguments(text: bytes, results: Mapping[int, bytes]) -> tuple[list[An
 def _resolve(value: Any, values: Mapping[int, Any]) -> Any:
     if isinstance(value, Reference):
         return values[value.task_id]
+    if isinstance(value, Failure):
+        return _failure(value, values[value.task_id] or {})
     if isinstance(value, list):
         return [_resolve(item, values) for item in value]
     if isinstance(value, dict):
         return {key: _resolve(item, values) for key, item in value.items()}
     return value
+
+
+def _failure(asked: Failure, fields: Mapping[str, Any]) -> Any:
+    """An argument of an error callback, from what `Store.values` says of a task that did not succeed."""
+    if asked.part == "traceback":
+        return fields.get("traceback") or None
+    kind, message = str(fields.get("type", "")), str(fields.get("message", ""))
+    raised: Exception | None = None
+    if found := _exception_class(kind, str(fields.get("module", "")), may_import=False):
+        raised = _made(found, {name: str(fields.get(name, "")) for name in ("message", "args", "state")})
+    shown = f"{kind}: {message}" if kind else message or str(fields.get("reason") or fields.get("state") or "unknown")
+    failed = raised or RemoteError(shown)
+    cause = str(fields.get("cause") or asked.id)
+    if cause != asked.id:  # the task that was linked never ran: what it waited for has failed
+        error = ChordError(f"Dependency {cause} raised {failed!r}")
+        error.__cause__ = failed
+        failed = error
+    if asked.part == "exception":
+        return failed
+    return Context(id=asked.id, task=asked.name, errbacks=[], exc=failed)
 
 
 def encode_result(value: Any, limit_bytes: int) -> bytes | None:

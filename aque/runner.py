@@ -33,7 +33,18 @@ from aque.resources import Capacity, format_cpus
 from aque.settings import Settings
 from aque.states import Reason, State
 from aque.taskserver import TaskServer
-from aque.values import Again, ClaimedTask, Condition, Dependency, HostFailure, Outcome, Pattern, Replacement, Usage
+from aque.values import (
+    OWN_INTERPRETER,
+    Again,
+    ClaimedTask,
+    Condition,
+    Dependency,
+    HostFailure,
+    Outcome,
+    Pattern,
+    Replacement,
+    Usage,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +226,7 @@ class Attempt:
     def start_sandboxed(self, environment: dict[bytes, bytes], user: OtherUser | None) -> None:
         """Hand the function to an interpreter of its own, under a supervisor."""
         task, limit = self.task, self._runner.settings.result_limit_bytes
-        interpreter = os.fsencode(task.interpreter or sys.executable)
+        interpreter = os.fsencode(sys.executable if task.interpreter in ("", OWN_INTERPRETER) else task.interpreter)
         script_directory = task.import_path[0] if task.import_path else ""
         asked = sandbox.request(task.function, task.arguments, task.results, script_directory, limit)
         self._supervise(
@@ -366,6 +377,7 @@ class Attempt:
             "aque_attempt": task.attempt,
             "aque_ignores": bool(task.extra.get("ignore_result")) and not task.dependents,
             "aque_worker": self.address,
+            "aque_errbacks": task.extra.get("errbacks"),  # for `self.replace`; not Celery's name, or it would call them
         }
 
     def _on_accepted(self, pid: int, accepted: float) -> None:

@@ -34,7 +34,7 @@ class _Wait(Generic[T]):
     """What one caller waits for."""
 
     def __init__(self, ids: Iterable[int], wake: threading.Condition) -> None:
-        self.left = dict.fromkeys(ids)
+        self.left = ids if isinstance(ids, dict) else dict.fromkeys(ids)
         self.done: dict[int, T] = {}
         self.wake = wake
         self.began = time.monotonic()
@@ -84,6 +84,7 @@ class Waiter(Generic[T]):
     def wait(self, ids: Iterable[int], timeout: float | None = None) -> Iterator[dict[int, T]]:
         """Yield the tasks that have completed since the last time, until none is left or `timeout` seconds are over.
 
+        `ids` may be a dictionary to which others add meanwhile; what has ended is taken out of it.
         Yields an empty dictionary now and then, at least once a second, so that the caller can look at something else.
         Raises StoreUnreachable.
         """
@@ -190,7 +191,8 @@ class Waiter(Generic[T]):
 
     def _listen(self) -> None:
         if self._bell is None:
-            self._bell = Doorbell(self._store.engine, [DONE])
+            with self._store.connect():  # raises StoreUnreachable where the doorbell raises the database's own errors
+                self._bell = Doorbell(self._store.engine, [DONE])
 
     def _hear(self, until: float) -> bool:
         """Wait for a ring; False: none came until then."""

@@ -10,6 +10,7 @@ from aque.store.engine import (
     one_statement,
     transaction,
 )
+from aque.store.groups import Tree
 from aque.store.limits import LimitRow
 from aque.store.refusals import Refusal
 from aque.store.retention import Ages, Removed, Sizes
@@ -48,6 +49,7 @@ __all__ = [
     "Sizes",
     "Store",
     "StoredResult",
+    "Tree",
     "WorkerRow",
     "again",
     "attempt_write",

@@ -36,6 +36,7 @@ from aque.store import statements as sql
 from aque.store.changes import Changes
 from aque.store.engine import copy_rows, inside_transaction, open_engine, reachable, transaction, why_not_personal
 from aque.store.explanations import Explanations
+from aque.store.groups import Groups, in_turn
 from aque.store.limits import Limits
 from aque.store.refusals import Refusals
 from aque.store.reservations import Reservations, ready_task
@@ -250,6 +251,7 @@ class Store:
         self.engine = engine
         self.dialect = engine.dialect.name
         self.limits = Limits(self.dialect)
+        self.groups = Groups(self.dialect)
         self.host = socket.gethostname()
         #: Where the tasks have run whose ends this process records, if it is a worker's.
         self.worker_host = ""
@@ -317,7 +319,7 @@ class Store:
             start = starts[spec.id]
             duration = durations.get(spec.id, spec.duration)
             task_rows.append(self._task_row(spec, start, dependents[spec.id], children[spec.id], duration, now))
-            if spec.requirement.pattern is not Pattern.GROUP:
+            if spec.requirement.pattern is not Pattern.GROUP or spec.inputs:
                 payload_rows.append(self._payload_row(spec))
             edge_rows += [
                 (d.upstream, spec.id, str(d.condition), deps.is_satisfied(d.condition, everything[d.upstream]))
@@ -588,15 +590,42 @@ class Store:
         return found
 
     def values(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, bytes]:
-        """The results of these tasks as JSON: `null` where there is none, a command's end and stdout for a command."""
-        rows = connection.execute(sql.results(self.dialect), {"ids": list(ids)}).all()
+        """The results of these tasks as JSON: `null` where there is none, a command's end and stdout for a command, the list
+        of its members' for a group of a canvas. Of one that did not succeed: what is known of its failure, an object."""
+        wanted = list(ids)
         found: dict[int, bytes] = {}
-        for row in rows:
-            if row.pattern == Pattern.SHELL:
-                found[row.id] = self._command_result(connection, row)
-            else:
-                found[row.id] = b"null" if row.value is None else bytes(row.value)
-        return found
+        order: dict[int, list[int]] = {}
+        asked: Collection[int] = wanted
+        while asked:
+            groups = []
+            for row in connection.execute(sql.results(self.dialect), {"ids": list(asked)}).all():
+                if row.state in _ENDED_BADLY:
+                    found[row.id] = self._failure(connection, row)
+                elif row.pattern == Pattern.SHELL:
+                    found[row.id] = self._command_result(connection, row)
+                elif row.pattern == Pattern.GROUP:
+                    groups.append(row.id)
+                else:
+                    found[row.id] = b"null" if row.value is None else bytes(row.value)
+            members = self.groups.members(connection, groups) if groups else {}
+            found |= {i: b"null" for i in groups if i not in members}
+            order |= members
+            asked = {i for group in members.values() for i in group if i not in found and i not in order}
+        for group in in_turn(order):
+            found[group] = b"[" + b",".join(found.get(i, b"null") for i in order[group]) + b"]"
+        return {i: found[i] for i in wanted if i in found}
+
+    def _failure(self, connection: sa.Connection, row: Any) -> bytes:
+        """{"state", "reason", "type", "message", "traceback"}; of a group, or a skipped task, the failure that caused it,
+        and the id of the task that failed as "cause"."""
+        cause = None
+        if row.pattern == Pattern.GROUP or row.state == State.SKIPPED:
+            cause = self.groups.cause(connection, row.id)
+            if cause is not None:
+                row = connection.execute(sql.results(self.dialect), {"ids": [cause]}).one()
+        fields = json.loads(row.error) if row.error else {}
+        shown = {"state": row.state, "reason": row.reason, "name": row.name, "cause": row.celery_id or str(row.id)}
+        return json.dumps(fields | shown).encode()
 
     def _command_result(self, connection: sa.Connection, row: Any) -> bytes:
         """{"exit_code", "stdout", "truncated"}: what dependents see of a command; stdout up to 64 KiB as text."""
@@ -853,7 +882,8 @@ class Store:
             if row.parent_id is not None:
                 count = counts.setdefault(row.parent_id, [0, 0])
                 count[0] += 1
-                count[1] += row.state != State.SUCCESS
+                # One that is skipped says nothing: what it waited for did, or an error callback was not needed.
+                count[1] += row.state not in (State.SUCCESS, State.SKIPPED)
         if not counts:
             return []
         rows = json.dumps([{"id": i, "n": n, "failed": failed} for i, (n, failed) in sorted(counts.items())])
@@ -1293,6 +1323,8 @@ _PAYLOAD_COLUMNS = (
 )  # fmt: skip
 #: Columns of a task that its submission leaves empty.
 _NOTHING_YET = {f"t_{column.name}": None for column in task.c if column.name not in _TASK_COLUMNS}
+#: Complete, and no success.
+_ENDED_BADLY = frozenset(str(state) for state in COMPLETE_STATES - {State.SUCCESS})
 _EDGE_COLUMNS = ("upstream", "downstream", "condition", "satisfied")
 
 

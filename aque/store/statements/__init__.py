@@ -6,6 +6,7 @@ touches several, so that two workers cannot wait for each other; SQLite has one 
 
 from aque.store.statements.claims import *  # noqa: F403
 from aque.store.statements.finishes import *  # noqa: F403
+from aque.store.statements.groups import *  # noqa: F403
 from aque.store.statements.invariants import *  # noqa: F403
 from aque.store.statements.kills import *  # noqa: F403
 from aque.store.statements.leases import *  # noqa: F403

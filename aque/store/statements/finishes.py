@@ -424,6 +424,7 @@ def results(dialect: str) -> Statement:
             task.c.state,
             task.c.reason,
             task.c.name,
+            task.c.celery_id,
             task.c.pattern,
             task.c.attempt,
             task.c.failed,
