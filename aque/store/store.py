@@ -40,6 +40,7 @@ from aque.store.refusals import Refusals
 from aque.store.reservations import Reservations, ready_task
 from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
+from aque.store.transitions import Transitions
 from aque.values import (
     ClaimedTask,
     Dependency,
@@ -224,6 +225,7 @@ class Store:
         self._environment_ids: set[str] = set()
         self._clock = (-math.inf, 0.0)
         self.run_times = RunTimes(self.dialect)
+        self.transitions = Transitions(self.dialect)
 
     @contextmanager
     def connect(self) -> Iterator[sa.Connection]:
