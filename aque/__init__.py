@@ -3,7 +3,7 @@
 Public names, imported when they are first used (so that `import aque` costs nothing):
     task, shell, graph, tasks, current_task     submit and ask
     App, Task, Handle, setup                    Celery apps
-    errors, states                              modules
+    events, errors, states                      modules
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aque.version import __version__
 
 if TYPE_CHECKING:
-    from aque import errors, states
+    from aque import errors, events, states
     from aque.celery_app import App, Graph, Handle, Task, current_task, graph, setup, shell, task, tasks
 
 _FROM_APP = ("App", "Graph", "Handle", "Task", "current_task", "graph", "setup", "shell", "task", "tasks")
@@ -25,6 +25,7 @@ __all__ = [
     "__version__",
     "current_task",
     "errors",
+    "events",
     "graph",
     "setup",
     "shell",
@@ -37,6 +38,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _FROM_APP:
         return getattr(import_module("aque.celery_app"), name)
-    if name in ("errors", "states"):
+    if name in ("errors", "events", "states"):
         return import_module(f"aque.{name}")
     raise AttributeError(f"module 'aque' has no attribute {name!r}")

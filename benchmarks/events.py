@@ -3,8 +3,8 @@
     python -m benchmarks.events [--rounds 5] [--tasks 5000] [--events 300] [--only cost|latency]
 
 Cost: no-ops and the latency of single tasks on one farm whose recording is switched on and off in turns; figures are medians of
-the rounds, ratios those of with to without in the same round. Latency: single commands, one after the other; the finish is what the
-worker wrote, on the clock of the same machine. Beside `aque.events` the peer on the same farm: Celery's own event
+the rounds, ratios those of with to without in the same round. Latency: single commands, one after the other; the finish is
+what the worker wrote, on the clock of the same machine. Beside `aque.events` the peer on the same farm: Celery's own event
 `task-succeeded`, through each broker.
 """
 
@@ -13,32 +13,11 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 
 from benchmarks.aque_side import AquePostgreSQL, AqueSide, AqueSQLite
 from tests.servers import MissingBinary
 
 SIDES: tuple[Callable[[], AqueSide], ...] = (AquePostgreSQL, AqueSQLite)
-
-
-@contextmanager
-def sides() -> Iterator[Iterator[AqueSide]]:
-    """Each side with the machine to itself."""
-
-    def each() -> Iterator[AqueSide]:
-        for make in SIDES:
-            try:
-                side = make()
-            except MissingBinary as missing:
-                print(f"one side is left out: {missing}", file=sys.stderr)
-                continue
-            with side:
-                yield side
-
-    with ExitStack() as stack:
-        found = each()
-        stack.callback(found.close)  # type: ignore[attr-defined]
-        yield found
 
 
 def cost(rounds: int, tasks: int) -> None:

@@ -10,6 +10,7 @@ from aque.store.engine import (
     transaction,
 )
 from aque.store.limits import LimitRow
+from aque.store.recording import SWITCHED_OFF
 from aque.store.refusals import Refusal
 from aque.store.store import (
     Finding,
@@ -24,8 +25,11 @@ from aque.store.store import (
     open_store,
     unchecked_store,
 )
+from aque.store.transitions import CursorRow, Transition
 
 __all__ = [
+    "SWITCHED_OFF",
+    "CursorRow",
     "DatabaseError",
     "Finding",
     "Finished",
@@ -37,6 +41,7 @@ __all__ = [
     "Released",
     "Store",
     "StoredResult",
+    "Transition",
     "WorkerRow",
     "again",
     "attempt_write",

@@ -1,8 +1,8 @@
 """Recording of transitions: triggers on the table of tasks, which write each move that somebody may want to hear of.
 
-Triggers, because every path to a state (workers, kills, reapers, submissions) ends in that table: none can be forgotten, what is
-recorded is in the transaction that moved the task, and no path sends another statement. That the triggers are there is
-the switch itself, so that a farm without them pays nothing.
+Triggers, because every path to a state (workers, kills, reapers, submissions) ends in that table: none can be forgotten, what
+is recorded is in the transaction that moved the task, and no path sends another statement. That the triggers are there is the
+switch itself, so that a farm without them pays nothing.
 
 The number of a row is drawn while its transaction has the task's row locked, so that the numbers of one task rise in the
 order in which it moved. Between tasks, transactions that draw lower numbers may commit later: see `Transitions.writers`.
@@ -30,7 +30,9 @@ _AGAIN = (
     f"NEW.state IN {_list({State.READY, State.PENDING})} AND (OLD.state IN "
     f"{_list({State.RUNNING, State.WAITING} | COMPLETE_STATES)} OR NEW.failed > OLD.failed OR NEW.lost > OLD.lost)"
 )
-_MOVES = f"OLD.state <> NEW.state AND (NEW.state IN {_list({State.RUNNING, State.WAITING} | COMPLETE_STATES)} OR {_AGAIN})"
+_MOVES = (
+    f"OLD.state <> NEW.state AND (NEW.state IN {_list({State.RUNNING, State.WAITING} | COMPLETE_STATES)} OR {_AGAIN})"
+)
 #: What was claimed ahead and has ended before its start was written has started all the same.
 _STARTED_UNSEEN = f"OLD.state = '{State.CLAIMED}' AND NEW.state NOT IN {_list({State.RUNNING, State.CANCELLED})}"
 #: Submitted, and impossible from the start; or a group without members.
@@ -40,9 +42,7 @@ _INTO = f"INSERT INTO {transition.name} (task_id, job_id, name, state, reason, a
 
 
 def _started_unseen() -> str:
-    return (
-        f"{_INTO} VALUES (NEW.id, NEW.job_id, NEW.name, '{State.RUNNING}', NULL, NEW.attempt, NEW.worker_id, NEW.started_at)"
-    )
+    return f"{_INTO} VALUES (NEW.id, NEW.job_id, NEW.name, '{State.RUNNING}', NULL, NEW.attempt, NEW.worker_id, NEW.started_at)"
 
 
 def _moved(clock: str) -> str:
@@ -111,8 +111,7 @@ def _create_sqlite(connection: sa.Connection) -> None:
     clock = "(julianday('now') - 2440587.5) * 86400.0"
     unseen = _started_unseen().replace("VALUES (", "SELECT ").removesuffix(")") + f" WHERE {_STARTED_UNSEEN}"
     connection.exec_driver_sql(
-        f"CREATE TRIGGER {_MOVED} AFTER UPDATE OF state ON aque_task WHEN {_MOVES} "
-        f"BEGIN {unseen}; {_moved(clock)}; END"
+        f"CREATE TRIGGER {_MOVED} AFTER UPDATE OF state ON aque_task WHEN {_MOVES} BEGIN {unseen}; {_moved(clock)}; END"
     )
     connection.exec_driver_sql(
         f"CREATE TRIGGER {_ADDED} AFTER INSERT ON aque_task WHEN {_ENDED} BEGIN {_moved(clock)}; END"

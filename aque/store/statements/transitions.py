@@ -24,7 +24,7 @@ def transitions_after() -> Statement:
 def last_transition(dialect: str) -> sa.ScalarSelect[int]:
     """The highest number that a transition has ever got; 0 before the first."""
     if dialect == "sqlite":
-        drawn: sa.Select[tuple[int]] = sa.select(sa.literal_column("seq", sa.BigInteger)).select_from(
+        drawn = sa.select(sa.literal_column("seq", sa.BigInteger)).select_from(
             sa.text("sqlite_sequence")
         )
         found = drawn.where(sa.literal_column("name") == transition.name).scalar_subquery()
