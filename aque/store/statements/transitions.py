@@ -24,9 +24,7 @@ def transitions_after() -> Statement:
 def last_transition(dialect: str) -> sa.ScalarSelect[int]:
     """The highest number that a transition has ever got; 0 before the first."""
     if dialect == "sqlite":
-        drawn = sa.select(sa.literal_column("seq", sa.BigInteger)).select_from(
-            sa.text("sqlite_sequence")
-        )
+        drawn = sa.select(sa.literal_column("seq", sa.BigInteger)).select_from(sa.text("sqlite_sequence"))
         found = drawn.where(sa.literal_column("name") == transition.name).scalar_subquery()
         return sa.select(sa.func.coalesce(found, 0)).scalar_subquery()
     value = sa.literal_column("CASE WHEN is_called THEN last_value ELSE 0 END", sa.BigInteger)
