@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any
 
+from aque import machine
 from aque.doorbell import DONE, READY, Doorbell, wait_readable
 from aque.errors import NotRecorded, StoreError
 from aque.states import COMPLETE_STATES, Reason, State
@@ -101,13 +102,14 @@ class Feed:
 
     Without `cursor` it begins with what happens from `open` on. A cursor is a position in the store: it is made where a feed
     without one would begin, and from then on goes on where `done` has put it, in whichever process. At any time it has one
-    reader; others wait until that one has closed, or has gone without a word for LEASE_SECONDS.
+    reader; others wait until that one has closed, was killed on the same host, or has gone without a word for LEASE_SECONDS.
     """
 
     def __init__(self, store: Store, cursor: str | None = None) -> None:
         self._store = store
         self.cursor = cursor
-        self._me = f"{store.host} {os.getpid()} {token_hex(8)}"
+        pid = os.getpid()
+        self._me = f"{machine.host_id()} {pid} {machine.process_started(pid)} {token_hex(8)}"
         self._bell: Doorbell | None = None
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._position: int | None = None  #: None: it is not this reader's turn
@@ -303,11 +305,15 @@ class Feed:
     def _take(self, connection: Any) -> bool:
         """True if it is this reader's turn now."""
         assert self.cursor is not None and self._keeper is not None
-        self._position = self._store.transitions.take_cursor(connection, self.cursor, self._me)
+        transitions = self._store.transitions
+        self._position = transitions.take_cursor(connection, self.cursor, self._me)
         if self._position is None:
-            if self._store.transitions.find_cursor(connection, self.cursor) is None:
-                # A person has removed it meanwhile: as if it had been made just now.
-                self._store.transitions.add_cursor(connection, self.cursor, self._now(connection))
+            row = transitions.find_cursor(connection, self.cursor)
+            if row is None:  # a person has removed it meanwhile: as if it had been made just now
+                transitions.add_cursor(connection, self.cursor, self._now(connection))
+            gone = row.holder if row and row.holder and _is_gone(row.holder) else ""
+            self._position = transitions.take_cursor(connection, self.cursor, self._me, gone)
+        if self._position is None:
             return False
         self._handled, self._moved = self._position, (self._position, time.monotonic())
         self._writers = None
@@ -319,6 +325,12 @@ class Feed:
         self._position = None
         if self._keeper is not None:
             self._keeper.let_go()
+
+
+def _is_gone(holder: str) -> bool:
+    """True for a reader that has been killed on this host: nobody need wait for the end of its lease."""
+    host_id, pid, started, _ = holder.rsplit(" ", 3)
+    return host_id == machine.host_id() and not machine.is_alive(int(pid), float(started))
 
 
 class _Keeper:

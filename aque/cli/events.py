@@ -100,11 +100,9 @@ def _list_cursors(farm: Farm, as_lines_of_json: bool) -> int:
         rows = farm.store.transitions.cursors(connection)
     if as_lines_of_json:
         for row in rows:
-            print(
-                json.dumps({"name": row.name, "position": row.position, "behind": row.behind, "is_held": row.is_held})
-            )
+            print(json.dumps({"name": row.name, "position": row.position, "behind": row.behind, "holder": row.holder}))
     elif rows:
-        table = [[row.name, str(row.position), str(row.behind), "yes" if row.is_held else "no"] for row in rows]
+        table = [[row.name, str(row.position), str(row.behind), "yes" if row.holder else "no"] for row in rows]
         print("\n".join(columns(["cursor", "position", "behind", "read"], table, frozenset({"position", "behind"}))))
     else:
         print("there are no cursors: `aque events --cursor NAME` makes one.")

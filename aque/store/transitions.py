@@ -8,8 +8,9 @@ from aque.store import recording
 from aque.store import statements as sql
 from aque.store.engine import transaction
 
-#: Deleted in one transaction.
+#: Deleted in one transaction, and so many of them in one go: under a second.
 BATCH = 5000
+BATCHES = 20
 #: A reader that has not renewed its hold of a cursor for so long has lost it.
 LEASE_SECONDS = 10.0
 
@@ -36,7 +37,7 @@ class CursorRow:
     name: str
     position: int
     behind: int  #: so many transitions it has yet to reach, at most
-    is_held: bool
+    holder: str | None  #: who reads it, as it has called itself
 
 
 class Transitions:
@@ -78,10 +79,10 @@ class Transitions:
         return int(connection.execute(sql.deleted_up_to()).scalar_one())
 
     def delete_older(self, connection: sa.Connection, before: float) -> int:
-        """Delete transitions of before this time (seconds since 1970), the oldest first and up to one that is not, in
-        transactions of at most BATCH; how many numbers that were."""
+        """Delete transitions of before this time (seconds since 1970), the oldest first and up to one that is not, in at most
+        BATCHES transactions of at most BATCH; how many. More than that are for the next time."""
         deleted = 0
-        while True:
+        for _ in range(BATCHES):
             with transaction(connection):
                 row = connection.execute(sql.oldest_to_keep(), {"limit": BATCH, "before": before}).one()
                 last = row.last if row.kept is None else row.kept - 1
@@ -94,22 +95,24 @@ class Transitions:
                 connection.execute(sql.note_deleted(), {"last": last})
             deleted += count
             if row.kept is not None:
-                return deleted
+                break
+        return deleted
 
     # -- cursors ------------------------------------------------------------------------------------------------------
 
-    def find_cursor(self, connection: sa.Connection, name: str) -> int | None:
-        """Where this cursor is; None: there is none."""
-        found = connection.execute(sql.find_cursor(), {"which": name}).scalar()
-        return None if found is None else int(found)
+    def find_cursor(self, connection: sa.Connection, name: str) -> CursorRow | None:
+        """This cursor; None: there is none."""
+        return next((row for row in self.cursors(connection) if row.name == name), None)
 
     def add_cursor(self, connection: sa.Connection, name: str, position: int) -> None:
         """Make a cursor, unless there is one."""
         connection.execute(sql.add_cursor(self._dialect), {"which": name, "at_first": position})
 
-    def take_cursor(self, connection: sa.Connection, name: str, me: str) -> int | None:
-        """Become the one reader of this cursor for LEASE_SECONDS; its position. None: somebody else is, or it is gone."""
-        found = connection.execute(sql.take_cursor(), {"which": name, "me": me, "lease": LEASE_SECONDS}).scalar()
+    def take_cursor(self, connection: sa.Connection, name: str, me: str, gone: str = "") -> int | None:
+        """Become the one reader of this cursor for LEASE_SECONDS; its position. None: somebody else is, but for one that is
+        known to be `gone`; or there is no such cursor."""
+        parameters = {"which": name, "me": me, "gone": gone, "lease": LEASE_SECONDS}
+        found = connection.execute(sql.take_cursor(), parameters).scalar()
         return None if found is None else int(found)
 
     def renew_cursor(self, connection: sa.Connection, name: str, me: str) -> bool:
@@ -129,7 +132,7 @@ class Transitions:
     def cursors(self, connection: sa.Connection) -> list[CursorRow]:
         """All cursors, by name."""
         rows = connection.execute(sql.cursors(self._dialect))
-        return [CursorRow(row.name, row.position, max(row.behind, 0), row.holder is not None) for row in rows]
+        return [CursorRow(row.name, row.position, max(row.behind, 0), row.holder) for row in rows]
 
     def delete_cursor(self, connection: sa.Connection, name: str) -> bool:
         """Forget a cursor; False: there is none."""

@@ -6,15 +6,15 @@ from typing import Any
 import sqlalchemy as sa
 
 from aque.states import ACTIVE_STATES, COMPLETE_STATES, State
+from aque.store.recording import SWITCHED_OFF
 from aque.store.statements.common import (
     ON_WORKER,
     Statement,
     is_state,
 )
-from aque.store.recording import SWITCHED_OFF
 from aque.store.statements.transitions import last_transition
 from aque.store.tables import cursor, edge, limit, payload, requirement, task, token, transition, worker
-from aque.values import Condition, Pattern
+from aque.values import Children, Condition, Pattern
 
 
 def checks(dialect: str) -> dict[str, sa.Select[Any]]:
@@ -34,6 +34,14 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         sa.select(sa.func.count())
         .select_from(edge)
         .where(edge.c.downstream == task.c.id, sa.not_(edge.c.satisfied))
+        .correlate(task)
+        .scalar_subquery()
+    )
+    child = task.alias("child")
+    open_children = (
+        sa.select(sa.func.count())
+        .select_from(child)
+        .where(child.c.parent_id == task.c.id, child.c.state.not_in(complete))
         .correlate(task)
         .scalar_subquery()
     )
@@ -92,7 +100,13 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
             task.c.dependents != edges_out
         ),
         "I7 unmet is the number of open dependencies": sa.select(task.c.id).where(
-            unfinished, task.c.unmet != open_edges
+            unfinished, task.c.unmet != open_edges + sa.case((task.c.not_before.is_not(None), 1), else_=0)
+        ),
+        "I7 children_left is the number of open children": sa.select(task.c.id).where(
+            task.c.children_left != sa.case((task.c.children == Children.DETACH, 0), else_=open_children)
+        ),
+        "I7 a task waits for its children exactly while there are open ones": sa.select(task.c.id).where(
+            is_state(State.WAITING), task.c.children_left == 0
         ),
         "I7 a dependency is satisfied exactly if its upstream task ended so": sa.select(edge.c.downstream)
         .select_from(edge.join(upstream, upstream.c.id == edge.c.upstream).join(task, task.c.id == edge.c.downstream))

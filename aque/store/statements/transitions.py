@@ -85,16 +85,12 @@ def add_cursor(dialect: str) -> Statement:
 
 
 @cache
-def find_cursor() -> Statement:
-    return sa.select(cursor.c.position).where(cursor.c.name == sa.bindparam("which"))
-
-
-@cache
 def take_cursor() -> Statement:
-    """Make a cursor `me`'s for `lease` seconds, if nobody else has it; its position."""
+    """Make a cursor `me`'s for `lease` seconds, if nobody has it but one that is `gone`; its position."""
     # A lease that ends later than it could have begun now is of an earlier boot, see engine.lease_clock.
     lapsed = sa.or_(cursor.c.until <= lease_clock(), cursor.c.until > _until())
-    free = sa.or_(cursor.c.holder.is_(None), cursor.c.holder == sa.bindparam("me"), lapsed)
+    mine = cursor.c.holder.in_([sa.bindparam("me"), sa.bindparam("gone")])
+    free = sa.or_(cursor.c.holder.is_(None), mine, lapsed)
     return (
         sa.update(cursor)
         .where(cursor.c.name == sa.bindparam("which"), free)
