@@ -9,8 +9,9 @@ from typing import Any
 
 from celery import Task as CeleryTask
 from celery.local import Proxy
+from celery.utils.time import rate
 
-from aque import codec
+from aque import codec, within
 from aque.backend import Backend
 from aque.errors import BadInput, NotSubmittable
 from aque.graphs import open_graph, submit_or_add
@@ -69,17 +70,18 @@ class Task(CeleryTask):
         edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
         job = open_graph.get()
         place: dict[str, Any] = {} if job is None else job.place()
-        chosen = Options(**given, dependencies=tuple(edges), celery_id=task_id, **place)
+        extra = {"rate_limit": rate(self.rate_limit)} if self.rate_limit else {}
+        chosen = Options(**given, dependencies=tuple(edges), celery_id=task_id, extra=extra, **place)
         new = job.new_id() if job is not None else submitter.next_id()
         spec = submitter.function(new, function, self.name, arguments, inputs, chosen)
         submit_or_add(submitter, job, spec, strict)
         handle = Handle(task_id or str(new), app=app, backend=backend_of(app), task_name=self.name)
-        handle.number = new
+        if task_id is None:
+            handle.number = new
         return handle
 
-    def retry(self, *args: Any, exc: Exception | None = None, **options: Any) -> Any:
-        """Ends the attempt with `exc`: an attempt is repeated as often as `max_attempts` says, without being asked."""
-        raise exc or BadInput("self.retry() is not supported yet: give the task max_attempts, and raise an exception.")
+    retry = within.retry
+    update_state = within.update_state
 
     @cached_property
     def _function(self) -> str:

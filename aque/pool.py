@@ -7,6 +7,7 @@ semaphore, and nobody could ever take a task again. A record lock is released by
 
 import fcntl
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,9 @@ class _Child(Worker):
         contain.enter()
 
 
+_maintaining = threading.Lock()
+
+
 class _Pool(Pool):
     Worker = _Child
 
@@ -55,11 +59,29 @@ class _Pool(Pool):
         self._inqueue._rlock = ProcessLock()
         self._outqueue._wlock = ProcessLock()
 
+    def _maintain_pool(self) -> None:
+        with _maintaining:  # the pool's own thread does it now and then
+            super()._maintain_pool()
+
 
 class TaskPool(prefork.TaskPool):
     """Celery's prefork pool of such children, on such locks."""
 
     BlockingPool: Any = _Pool
+    #: So many children have a function that waits for other tasks: as many more are there in their place.
+    lent = 0
+
+    def lend(self) -> None:
+        """The function of a child waits for other tasks: there is another child in its place when this returns."""
+        self.lent += 1
+        self._pool.grow(1)
+        self._pool.maintain_pool()
+
+    def take_back(self) -> None:
+        """It waits no longer: one child too many ends as soon as it has nothing to do. Whichever takes this message does."""
+        self.lent -= 1
+        self._pool._processes -= 1
+        self._pool._taskqueue.put(([None], None))
 
     def tell_children(self, *listeners: Callable[[int], None]) -> None:
         """Call the listeners with the pid of each child that there is and will be."""

@@ -6,15 +6,18 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any, NoReturn
 
 from celery.platforms import EX_OK
+from celery.utils.time import rate
 from celery.worker import state as celery_state
 
 from aque import machine, reload, restart
 from aque.assignments import Assignments
-from aque.chooser import Place
+from aque.chooser import Place, runs_in_pool
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
@@ -28,7 +31,8 @@ from aque.scheduler import Scheduler
 from aque.settings import Settings
 from aque.signals import WorkerSignals
 from aque.store import DatabaseError, Store
-from aque.values import ClaimedTask, WorkerInfo
+from aque.taskserver import TaskServer
+from aque.values import ClaimedTask, Outcome, WorkerInfo
 from aque.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -88,6 +92,9 @@ class AqueWorker:
             self.switches_user,
             tags=frozenset(self.tags),
         )
+        self._pool = worker.pool
+        self._lent: set[tuple[int, int]] = set()
+        self.line = TaskServer(self)
         if strangers is not None:
             worker.pool.tell_children(commands.watch, strangers.watch)
         self.runner = Runner(
@@ -101,6 +108,7 @@ class AqueWorker:
             self,
             (lambda: None) if strangers is None else strangers.end,
             Assignments(os.sched_getaffinity(0) if settings.pin else (), parse_indices(settings.resources)),
+            self.line,
         )
         self.scheduler = Scheduler(
             store,
@@ -112,6 +120,7 @@ class AqueWorker:
             until=worker.app.conf.get("aque_until"),
             on_end=_end_worker,
             on_news=lambda: self.heartbeat.soon() if self.heartbeat is not None else None,
+            ordered_rate=partial(_ordered_rate, worker.app),
             is_urgent=lambda: signals.is_urgent or celery_state.should_terminate not in (None, False),
         )
         self.worker_id = self.scheduler.worker_id
@@ -120,7 +129,6 @@ class AqueWorker:
             self.reloader = reload.Watch(
                 restart.began, lambda: dict(self.runner.modules), lambda: os.kill(os.getpid(), signal.SIGHUP)
             )
-        self.finished = self.scheduler.finished
         self.wrote = self.scheduler.wrote
 
     def start(self, handed_over: dict[str, Any] | None) -> None:
@@ -137,6 +145,7 @@ class AqueWorker:
             (lambda: None) if self.strangers is None else self.strangers.look,
         )
         self.eventer.start()
+        self.line.start()
         self.scheduler.start()
         self.heartbeat.start()
         if self.reloader is not None:
@@ -165,6 +174,7 @@ class AqueWorker:
         self.scheduler.freeze(FLUSH_SECONDS)
         if self.heartbeat is not None:
             self.heartbeat.stop()
+        self.line.stop()
         self.eventer.stop(1.0)
         attempts = self.scheduler.attempts()
         commands = self.commands.export({a.command: i for i, a in attempts.items() if a.command is not None})
@@ -274,6 +284,7 @@ class AqueWorker:
         """Finish or give back everything, and leave the table."""
         self._stop_watching()
         clean = self.scheduler.stop(drain_seconds)
+        self.line.stop()
         if self.heartbeat is not None:
             self.heartbeat.stop()
         self.commands.stop()
@@ -305,6 +316,52 @@ class AqueWorker:
         if self.reloader is not None:
             self.reloader.stop()
             self.reloader = None
+
+    # -- what running tasks ask, see `taskserver` -----------------------------------------------------------------------
+
+    def block(self, task: ClaimedTask) -> str | None:
+        """The task waits for others: what it reserves is free meanwhile, and the pool gets a child in its place."""
+        if not runs_in_pool(task, self.runner.place):
+            self.scheduler.block(task)
+            return None
+        if not hasattr(self._pool, "lend"):
+            return (
+                f"task {task.id} would wait for another task inside of a worker whose pool cannot grow: it might wait for "
+                "ever. Use the prefork pool, or submit what needs the result as a task of its own."
+            )
+        if self._pool.lent >= self.settings.most_blocked:
+            return (
+                f"{self._pool.lent} tasks of this worker wait for other tasks already (setting most_blocked): task {task.id} "
+                "would wait for ever if they all need this one. Submit what needs the result as a task of its own."
+            )
+        self._lent.add((task.id, task.token))
+        self._pool.lend()
+        if not self.scheduler.block(task):
+            self._take_back(task.id, task.token)
+        return None
+
+    def unblock(self, task: ClaimedTask, granted: Callable[[], None]) -> None:
+        """The task would go on."""
+
+        def go_on() -> None:
+            self._take_back(task.id, task.token)
+            granted()
+
+        self.scheduler.unblock(task, go_on)
+
+    def _take_back(self, task_id: int, token: int) -> None:
+        if (task_id, token) in self._lent:
+            self._lent.discard((task_id, token))
+            self._pool.take_back()
+
+    def finished(self, outcome: Outcome) -> None:
+        """An attempt is over."""
+        self._take_back(outcome.id, outcome.token)
+        self.scheduler.finished(outcome)
+
+    def told(self, task: ClaimedTask, state: str, meta: bytes) -> None:
+        """The task tells of itself."""
+        self.scheduler.told(task, state, meta)
 
     # -- ordinary Celery tasks ----------------------------------------------------------------------------------------
 
@@ -355,6 +412,13 @@ def _whole(settings: Settings, pool: Any) -> Capacity:
     commands = max(FREE_COMMANDS_PER_CPU, int(FREE_COMMANDS_PER_CPU * cpus))
     resources = {name: len(numbers) for name, numbers in parse_indices(settings.resources).items()}
     return Capacity(cpus, memory, pool.limit, commands, resources)
+
+
+def _ordered_rate(app: Any, name: str) -> float | None:
+    """Of a task that the app has registered: so many may start a second, as it says or remote control has set; 0: any
+    number. None: it is not registered here."""
+    task = app.tasks.get(name)
+    return None if task is None else rate(task.rate_limit or 0)
 
 
 def _end_worker() -> None:

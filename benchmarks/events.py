@@ -3,7 +3,7 @@
     python -m benchmarks.events [--rounds 5] [--tasks 5000] [--events 300] [--only cost|latency]
 
 Cost: no-ops and the latency of single tasks on one farm whose recording is switched on and off in turns; figures are medians of
-the rounds, ratios those of with to without in the same round. Latency: single commands, one after the other; the finish is
+the rounds, ratios those of with to without in the same round. Latency: single tasks, one after the other; the finish is
 what the worker wrote, on the clock of the same machine. Beside `aque.events` the peer on the same farm: Celery's own event
 `task-succeeded`, through each broker.
 """
@@ -12,18 +12,22 @@ import argparse
 import os
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+from aque.events import Event, connect, disconnect
+from aque.farm import farm_of
 from benchmarks.aque_side import AquePostgreSQL, AqueSide, AqueSQLite
-from tests.servers import MissingBinary
+from tests.servers import MissingBinary, RabbitMQ, Redis
 
 SIDES: tuple[Callable[[], AqueSide], ...] = (AquePostgreSQL, AqueSQLite)
 
 
 def cost(rounds: int, tasks: int) -> None:
     """With recording and without, in turns."""
-    from aque.farm import farm_of
-
     singles = max(tasks // 20, 20)
     for side in found_sides():
         store = farm_of(side.app).store
@@ -52,13 +56,96 @@ def cost(rounds: int, tasks: int) -> None:
 def found_sides() -> Iterator[AqueSide]:
     """Each side that can be started, with the machine to itself."""
     for make in SIDES:
-        try:
-            side = make()
-        except MissingBinary as missing:
-            print(f"one side is left out: {missing}", file=sys.stderr)
-            continue
-        with side:
+        with suppress_missing(), make() as side:
             yield side
+
+
+@contextmanager
+def suppress_missing() -> Iterator[None]:
+    """What needs a server that is not installed is left out, with a word."""
+    try:
+        yield
+    except MissingBinary as missing:
+        print(f"left out: {missing}", file=sys.stderr)
+
+
+class Arrivals:
+    """When the event of each task came, by the clock of this machine."""
+
+    def __init__(self) -> None:
+        self.at: dict[str, float] = {}
+        self._came = threading.Condition()
+
+    def note(self, task_id: str) -> None:
+        with self._came:
+            self.at[task_id] = time.time()
+            self._came.notify_all()
+
+    def wait_for(self, task_id: str, seconds: float) -> bool:
+        with self._came:
+            return self._came.wait_for(lambda: task_id in self.at, seconds)
+
+
+@contextmanager
+def celery_receiver(app: Any, arrivals: Arrivals) -> Iterator[None]:
+    """Celery's own events, as Flower receives them."""
+    with app.connection_for_read() as connection:
+        receiver = app.events.Receiver(
+            connection, handlers={"task-succeeded": lambda event: arrivals.note(event["uuid"])}
+        )
+        thread = threading.Thread(target=receiver.capture, kwargs={"limit": None, "timeout": None}, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            receiver.should_stop = True
+
+
+def latency(events: int) -> None:
+    """From the finish that the table has to the handler, on four brokers."""
+    farms: list[tuple[str, Callable[[], AqueSide], Any]] = [
+        ("aque+sqlite", AqueSQLite, None),
+        ("aque+postgresql", AquePostgreSQL, None),
+        ("Redis, PostgreSQL", AquePostgreSQL, Redis),
+        ("RabbitMQ, PostgreSQL", AquePostgreSQL, RabbitMQ),
+    ]
+    for title, make, broker in farms:
+        with suppress_missing(), ExitStack() as stack:
+            if broker is not None:
+                os.environ["AQUE_CELERY_BROKER"] = stack.enter_context(broker()).url
+                stack.callback(os.environ.pop, "AQUE_CELERY_BROKER")
+            side = make()
+            side.worker_options = (*side.worker_options, "-E")
+            stack.enter_context(side)
+            measure_latency(title, side, events)
+
+
+def measure_latency(title: str, side: AqueSide, events: int) -> None:
+    """One task after the other, each once the events of the one before are there or have had two seconds."""
+    ours, peers = Arrivals(), Arrivals()
+    finished: dict[str, float] = {}
+
+    def handler(event: Event) -> None:
+        finished[str(event.task_id)] = event.at
+        ours.note(str(event.task_id))
+
+    noop = side.task("noop")
+    connect("task.success", handler, app=side.app)
+    with celery_receiver(side.app, peers):
+        side.noops(20)
+        ids = []
+        for _ in range(events):
+            handle = noop.delay()
+            ids.append(handle.id)
+            ours.wait_for(handle.id, 10)
+            peers.wait_for(handle.id, 2)
+    disconnect("task.success", handler)
+    for what, arrivals in (("aque.events", ours), ("Celery's task-succeeded", peers)):
+        found = sorted(1e3 * (arrivals.at[i] - finished[i]) for i in ids if i in arrivals.at and i in finished)
+        figures = (
+            f"p50 {found[len(found) // 2]:7.2f} ms  p99 {found[int(len(found) * 0.99)]:7.2f} ms" if found else "none"
+        )
+        print(f"{title:22} {what:26} {figures}  of {len(found)}/{len(ids)}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in [name for name in os.environ if name.startswith(("AQUE_", "CELERY_", "PG"))]:
         del os.environ[name]
     os.environ["AQUE_CONFIG"] = os.devnull
+    if options.only in (None, "latency"):
+        latency(options.events)
     if options.only in (None, "cost"):
         cost(options.rounds, options.tasks)
     return 0

@@ -140,6 +140,25 @@ class StoredResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Inherited:
+    """What a task's children have of it unless they say otherwise."""
+
+    requirement: Requirement
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCall:
+    """A task that was submitted under a Celery id, and what it calls."""
+
+    id: int
+    state: State
+    function: str
+    arguments: bytes
+    argv: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRow:
     """A worker as registered; `expired_seconds` ago its lease ended (negative: it holds), `unseen_seconds` ago it renewed."""
 
@@ -468,14 +487,19 @@ class Store:
         return {i: self._requirements[i] for i in wanted}
 
     def candidates(
-        self, connection: sa.Connection, unfit: Iterable[int], limit: int, avoided: Avoided = NOTHING_AVOIDED
+        self,
+        connection: sa.Connection,
+        unfit: Iterable[int],
+        limit: int,
+        avoided: Avoided = NOTHING_AVOIDED,
+        names: Collection[str] = (),
     ) -> dict[int, list[ReadyTask]]:
         """Up to `limit` ready tasks of each requirement class, best first within a class, but for the classes in `unfit` and
-        what is `avoided`."""
+        what is `avoided`, or has one of these `names`."""
         parameters = {"unfit": [*unfit, *avoided.classes], "limit": limit}
         by_class: dict[int, list[ReadyTask]] = {}
-        if left_out := bool(avoided.tasks or avoided.jobs):
-            parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs)}
+        if left_out := bool(avoided.tasks or avoided.jobs or names):
+            parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs), "names": list(names)}
         for row in connection.execute(sql.candidates(self.dialect, left_out), parameters):
             by_class.setdefault(row.requirement_id, []).append(ready_task(row))
         for ready in by_class.values():  # the join gives them in no promised order
@@ -590,6 +614,18 @@ class Store:
     def _free_tokens(self, connection: sa.Connection, moved: Iterable[Any]) -> bool:
         """Free what tasks (rows of id, tokens) hold that this transaction has taken from their worker; True if anything."""
         return self.limits.give_back(connection, [row.id for row in moved if row.tokens])
+
+    def set_blocked(self, connection: sa.Connection, blocked: Mapping[tuple[int, int], bool]) -> None:
+        """Running tasks, as (id, token), that wait for others from now on, or go on."""
+        rows = [{"id": i, "token": token, "blocked": waits} for (i, token), waits in blocked.items()]
+        if rows:
+            connection.execute(sql.set_blocked(self.dialect), {"rows": json.dumps(rows)})
+
+    def tell(self, connection: sa.Connection, told: Mapping[tuple[int, int], tuple[str, bytes]]) -> None:
+        """What running tasks, as (id, token), tell of themselves: a state of their own naming, and JSON."""
+        for (task_id, token), (state, meta) in told.items():
+            parameters = {"which": task_id, "with_token": token, "new_state": state, "new_meta": meta}
+            connection.execute(sql.tell(self.dialect), parameters)
 
     # -- finish and release -------------------------------------------------------------------------------------------
 
@@ -1140,6 +1176,25 @@ class Store:
             found.update(dict(connection.execute(sql.ids_of_celery_ids(), {"celery_ids": brought}).all()))
         return found
 
+    def calls_of(self, connection: sa.Connection, celery_ids: Sequence[str]) -> dict[str, KnownCall]:
+        """What was submitted under these Celery ids."""
+        if not celery_ids:
+            return {}
+        rows = connection.execute(sql.calls_of(), {"celery_ids": list(celery_ids)})
+        return {
+            row.celery_id: KnownCall(
+                row.id, State(row.state), row.function or "", bytes(row.arguments or b""), _split(row.argv or b"")
+            )
+            for row in rows
+        }
+
+    def inherited(self, connection: sa.Connection, task_id: int) -> Inherited | None:
+        """What children of this task have of it; None if there is no such task, or it needs no worker."""
+        row = connection.execute(sql.inherited(), {"which": task_id}).first()
+        if row is None:
+            return None
+        return Inherited(self.requirements(connection, [row.requirement_id])[row.requirement_id], row.priority)
+
     def last_id(self, connection: sa.Connection, submitter: str) -> int | None:
         """The newest task or job of this submitter: `@last` on the command line."""
         found = connection.execute(sql.last_id(), {"submitter": submitter}).scalar()
@@ -1334,8 +1389,10 @@ def _worker(row: Any) -> WorkerRow:
 __all__ = [
     "Finding",
     "Finished",
+    "Inherited",
     "Kill",
     "Killed",
+    "KnownCall",
     "Orders",
     "Released",
     "Store",

@@ -8,13 +8,15 @@ import sqlalchemy as sa
 from aque.states import Event, State, sources
 from aque.store.engine import one_of, per_class, row_set, wall_clock
 from aque.store.statements.common import (
+    ON_WORKER,
     USAGE_COLUMNS,
     Statement,
     in_states,
+    insert_into,
     is_not_being_ended,
     is_state,
 )
-from aque.store.tables import environment, payload, requirement, task, worker
+from aque.store.tables import environment, payload, progress, requirement, task, worker
 
 
 def ready_classes() -> sa.CTE:
@@ -33,13 +35,18 @@ def ready_classes() -> sa.CTE:
 @cache
 def candidates(dialect: str, left_out: bool = False) -> Statement:
     """The first `limit` ready tasks of each requirement class, without the classes in `unfit`; with `left_out`, without the
-    tasks in `tasks` and those of the jobs in `jobs`, which the index passes over one by one."""
+    tasks in `tasks`, those of the jobs in `jobs` and those with a name in `names`, which the index passes over one by one."""
     found = ready_classes()
     fit = sa.select(found.c.id).where(found.c.id.is_not(None), sa.not_(one_of(dialect, found.c.id, "unfit"))).cte("fit")
     may_be_claimed = is_state(State.READY)
     if left_out:
-        others = (sa.not_(one_of(dialect, task.c.id, "tasks")), sa.not_(one_of(dialect, task.c.job_id, "jobs")))
-        may_be_claimed = sa.and_(may_be_claimed, *others)
+        names: sa.BindParameter[str] = sa.bindparam("names", expanding=True)
+        may_be_claimed = sa.and_(
+            may_be_claimed,
+            sa.not_(one_of(dialect, task.c.id, "tasks")),
+            sa.not_(one_of(dialect, task.c.job_id, "jobs")),
+            task.c.name.not_in(names),
+        )
     wanted = per_class(
         dialect,
         fit,
@@ -209,6 +216,34 @@ def give_back(dialect: str) -> Statement:
 
 
 @cache
+def set_blocked(dialect: str) -> Statement:
+    """Tasks on workers (`rows`: id, token, blocked) that wait for others, or go on."""
+    rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger(), blocked=sa.Boolean())
+    return (
+        sa.update(task)
+        .where(task.c.id == rows.c.id, task.c.token == rows.c.token, in_states(ON_WORKER))
+        .values(blocked=rows.c.blocked)
+    )
+
+
+@cache
+def tell(dialect: str) -> Statement:
+    """What the task `which` tells of itself, if its claim (`with_token`) stands."""
+    mine = sa.select(
+        task.c.id,
+        task.c.attempt,
+        sa.bindparam("new_state", type_=sa.Text),
+        sa.bindparam("new_meta", type_=sa.LargeBinary),
+    ).where(task.c.id == sa.bindparam("which"), task.c.token == sa.bindparam("with_token"))
+    insert = insert_into(dialect, progress).from_select(["task_id", "attempt", "state", "meta"], mine)
+    new = insert.excluded
+    return insert.on_conflict_do_update(
+        index_elements=[progress.c.task_id],
+        set_={"attempt": new.attempt, "state": new.state, "meta": new.meta},
+    )
+
+
+@cache
 def usage() -> Statement:
     """How many tasks of each user run, by what they reserve of a worker with how many CPUs."""
     return (
@@ -220,6 +255,6 @@ def usage() -> Statement:
                 requirement, requirement.c.id == task.c.requirement_id
             )
         )
-        .where(is_state(State.RUNNING))
+        .where(is_state(State.RUNNING), sa.not_(task.c.blocked))
         .group_by(requirement.c.user, requirement.c.cpus, worker.c.cpus)
     )
