@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 import sqlalchemy as sa
 
-from aque.states import COMPLETE_STATES, State
+from aque.states import COMPLETE_STATES, Reason, State
 from aque.store.tables import recording, transition
 
 _FUNCTION = "aque_record_transition"
@@ -25,24 +25,31 @@ def _list(states: Collection[State]) -> str:
     return "(" + ", ".join(f"'{state}'" for state in sorted(states)) + ")"
 
 
-#: An attempt has ended, and another one follows.
+#: What was claimed ahead and has ended before its start was written has started all the same: it has a time of its start, or
+#: has left its place to others. What its worker has withdrawn before it started has not.
+_STARTED_UNSEEN = (
+    f"OLD.state = '{State.CLAIMED}' AND NEW.state <> '{State.RUNNING}' AND (NEW.state = '{State.PENDING}' OR "
+    f"NEW.started_at IS NOT NULL AND NOT (NEW.state = '{State.CANCELLED}' AND NEW.reason = '{Reason.REQUEST}'))"
+)
+#: An attempt has ended, and the task goes on.
 _AGAIN = (
-    f"NEW.state IN {_list({State.READY, State.PENDING})} AND (OLD.state IN "
-    f"{_list({State.RUNNING, State.WAITING} | COMPLETE_STATES)} OR NEW.failed > OLD.failed OR NEW.lost > OLD.lost)"
+    f"NEW.state IN {_list({State.READY, State.PENDING})} AND "
+    f"(OLD.state IN {_list({State.RUNNING, State.WAITING} | COMPLETE_STATES)} OR {_STARTED_UNSEEN})"
 )
 _MOVES = (
     f"OLD.state <> NEW.state AND (NEW.state IN {_list({State.RUNNING, State.WAITING} | COMPLETE_STATES)} OR {_AGAIN})"
 )
-#: What was claimed ahead and has ended before its start was written has started all the same.
-_STARTED_UNSEEN = f"OLD.state = '{State.CLAIMED}' AND NEW.state NOT IN {_list({State.RUNNING, State.CANCELLED})}"
 #: Submitted, and impossible from the start; or a group without members.
 _ENDED = f"NEW.state IN {_list(COMPLETE_STATES)}"
 
 _INTO = f"INSERT INTO {transition.name} (task_id, job_id, name, state, reason, attempt, worker_id, at)"
 
 
-def _started_unseen() -> str:
-    return f"{_INTO} VALUES (NEW.id, NEW.job_id, NEW.name, '{State.RUNNING}', NULL, NEW.attempt, NEW.worker_id, NEW.started_at)"
+def _started_unseen(clock: str) -> str:
+    return (
+        f"{_INTO} SELECT NEW.id, NEW.job_id, NEW.name, '{State.RUNNING}', NULL, NEW.attempt, NEW.worker_id, "
+        f"coalesce(NEW.started_at, {clock})"
+    )
 
 
 def _moved(clock: str) -> str:
@@ -109,7 +116,7 @@ def _create_triggers(connection: sa.Connection) -> None:
 def _create_sqlite(connection: sa.Connection) -> None:
     # Not the function `aque_wall_clock`, which only our own connections have: others may write, too.
     clock = "(julianday('now') - 2440587.5) * 86400.0"
-    unseen = _started_unseen().replace("VALUES (", "SELECT ").removesuffix(")") + f" WHERE {_STARTED_UNSEEN}"
+    unseen = f"{_started_unseen(clock)} WHERE {_STARTED_UNSEEN}"
     connection.exec_driver_sql(
         f"CREATE TRIGGER {_MOVED} AFTER UPDATE OF state ON aque_task WHEN {_MOVES} BEGIN {unseen}; {_moved(clock)}; END"
     )
@@ -125,7 +132,7 @@ def _create_postgresql(connection: sa.Connection) -> None:
         BEGIN
             IF TG_OP = 'UPDATE' THEN
                 IF {_STARTED_UNSEEN} THEN
-                    {_started_unseen()};
+                    {_started_unseen(clock)};
                 END IF;
             END IF;
             {_moved(clock)};

@@ -13,7 +13,7 @@ from aque.feed import GAP, Event, Feed, settled
 from aque.states import Reason, State
 from aque.store import Store, open_store, schema
 from aque.store.engine import open_engine, transaction
-from aque.values import Outcome
+from aque.values import Again, Outcome
 from tests.servers import wait_until
 from tests.store.farm import GROUP, SPEC, after, claim, finish, ids, outcome, reap, run, submit, worker
 
@@ -55,6 +55,26 @@ def test_what_was_claimed_ahead_and_ended_before_its_start_was_written_has_start
         started, ended = store.transitions.after(connection, 0, 10)
     assert [started.state, ended.state] == ["running", "success"]
     assert ended.at - started.at == pytest.approx(0.5)
+
+
+def test_what_was_withdrawn_from_a_worker_before_it_started_has_not_started(store: Store, task: int) -> None:
+    (claimed,) = claim(store, [task], worker(store), state=State.CLAIMED)
+    finish(store, Outcome(claimed.id, claimed.attempt, claimed.token, State.CANCELLED, Reason.REQUEST))
+    assert recorded(store) == [(task, "cancelled", "request", 0)]
+
+
+def test_what_says_of_itself_that_nothing_is_to_come_of_it_has_started(store: Store, task: int) -> None:
+    (claimed,) = claim(store, [task], worker(store), state=State.CLAIMED)
+    finish(store, Outcome(claimed.id, claimed.attempt, claimed.token, State.CANCELLED, Reason.IGNORED))
+    assert recorded(store) == [(task, "running", None, 1), (task, "cancelled", "ignored", 1)]
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.CLAIMED])
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+def test_an_attempt_that_asks_for_another_is_a_retry(store: Store, task: int, state: State, seconds: float) -> None:
+    (claimed,) = claim(store, [task], worker(store), state=state)
+    finish(store, replace(outcome(claimed, State.ERROR), again=Again(seconds)))
+    assert story(store, task) == ["running", "pending" if seconds else "ready"]
 
 
 def test_a_failed_attempt_that_is_repeated_is_a_retry(store: Store, task: int) -> None:
