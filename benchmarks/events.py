@@ -1,6 +1,6 @@
 """What it costs to record transitions, and how long an event takes from the finish of its task to its handler.
 
-    python -m benchmarks.events [--rounds 5] [--tasks 5000] [--events 300] [--only cost|latency]
+    python -m benchmarks.events [--rounds 5] [--tasks 5000] [--events 300] [--only cost|statements|latency]
 
 Cost: no-ops and the latency of single tasks on one farm whose recording is switched on and off in turns; figures are medians of
 the rounds, ratios those of with to without in the same round. Latency: single tasks, one after the other; the finish is
@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from aque.events import Event, connect, disconnect
-from aque.farm import farm_of
+from aque.farm import farm_of, settings_of
 from benchmarks.aque_side import AquePostgreSQL, AqueSide, AqueSQLite
 from tests.servers import MissingBinary, RabbitMQ, Redis
+from tests.store import farm as store_words
 
 SIDES: tuple[Callable[[], AqueSide], ...] = (AquePostgreSQL, AqueSQLite)
 
@@ -50,6 +52,35 @@ def cost(rounds: int, tasks: int) -> None:
                 f"    {title:32} recorded {statistics.median(found[True]) * factor:7.2f} {unit}  "
                 f"not {statistics.median(found[False]) * factor:7.2f} {unit}  "
                 f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+            )
+
+
+def statements(rounds: int) -> None:
+    """What the table alone takes, without workers: claim and success of tasks, in batches and one by one."""
+    for side in found_sides():
+        store = farm_of(side.app).store
+        assert side.worker is not None
+        side.worker.end(side.worker.ending, limit=20)
+        worker_id = store_words.worker(store)
+        print(f"{side.name}, the table alone")
+        for size, batches in ((64, 10), (1, 50)):
+            seconds: dict[bool, list[float]] = {True: [], False: []}
+            for number in range(2 * rounds):
+                wanted = bool(number % 2)
+                with store.connect() as connection:
+                    store.transitions.record(connection, wanted)
+                ids = store_words.ids(store, size * batches)
+                store_words.submit(store, [replace(store_words.SPEC, id=i) for i in ids])
+                began = time.perf_counter()
+                for start in range(0, len(ids), size):
+                    store_words.run(store, worker_id, *ids[start : start + size])
+                seconds[wanted].append((time.perf_counter() - began) / len(ids))
+            ratios = [on / off for on, off in zip(seconds[True], seconds[False], strict=True)]
+            print(
+                f"    batches of {size:3}: recorded {statistics.median(seconds[True]) * 1e6:8.0f} us a task  "
+                f"not {statistics.median(seconds[False]) * 1e6:8.0f}  "
+                f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})",
+                flush=True,
             )
 
 
@@ -89,7 +120,7 @@ class Arrivals:
 @contextmanager
 def celery_receiver(app: Any, arrivals: Arrivals) -> Iterator[None]:
     """Celery's own events, as Flower receives them."""
-    with app.connection_for_read() as connection:
+    with app.connection_for_read(settings_of(app).celery_broker_url) as connection:
         receiver = app.events.Receiver(
             connection, handlers={"task-succeeded": lambda event: arrivals.note(event["uuid"])}
         )
@@ -154,13 +185,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=5000)
     parser.add_argument("--events", type=int, default=300)
-    parser.add_argument("--only", choices=["cost", "latency"])
+    parser.add_argument("--only", choices=["cost", "statements", "latency"])
     options = parser.parse_args(arguments)
     for name in [name for name in os.environ if name.startswith(("AQUE_", "CELERY_", "PG"))]:
         del os.environ[name]
     os.environ["AQUE_CONFIG"] = os.devnull
     if options.only in (None, "latency"):
         latency(options.events)
+    if options.only in (None, "statements"):
+        statements(4 * options.rounds)
     if options.only in (None, "cost"):
         cost(options.rounds, options.tasks)
     return 0
