@@ -21,7 +21,7 @@ from typing import Any
 
 from aque.events import Event, connect, disconnect
 from aque.farm import farm_of, settings_of
-from benchmarks.aque_side import AquePostgreSQL, AqueSide, AqueSQLite
+from benchmarks.aque_side import UNSERVED, AquePostgreSQL, AqueSide, AqueSQLite
 from tests.servers import MissingBinary, RabbitMQ, Redis
 from tests.store import farm as store_words
 
@@ -56,30 +56,33 @@ def cost(rounds: int, tasks: int) -> None:
 
 
 def statements(rounds: int) -> None:
-    """What the table alone takes, without workers: claim and success of tasks, in batches and one by one."""
+    """What the table alone takes, without workers: claim and success of tasks, in batches and one by one. On SQLite also the
+    CPU time, which a busy machine does not change."""
     for side in found_sides():
         store = farm_of(side.app).store
-        assert side.worker is not None
-        side.worker.end(side.worker.ending, limit=20)
+        spec = replace(store_words.SPEC, requirement=replace(store_words.COMMAND, queue=UNSERVED))
         worker_id = store_words.worker(store)
         print(f"{side.name}, the table alone")
         for size, batches in ((64, 10), (1, 50)):
             seconds: dict[bool, list[float]] = {True: [], False: []}
+            cpu: dict[bool, list[float]] = {True: [], False: []}
             for number in range(2 * rounds):
                 wanted = bool(number % 2)
                 with store.connect() as connection:
                     store.transitions.record(connection, wanted)
                 ids = store_words.ids(store, size * batches)
-                store_words.submit(store, [replace(store_words.SPEC, id=i) for i in ids])
-                began = time.perf_counter()
+                store_words.submit(store, [replace(spec, id=i) for i in ids])
+                began, used = time.perf_counter(), time.process_time()
                 for start in range(0, len(ids), size):
                     store_words.run(store, worker_id, *ids[start : start + size])
                 seconds[wanted].append((time.perf_counter() - began) / len(ids))
+                cpu[wanted].append((time.process_time() - used) / len(ids))
             ratios = [on / off for on, off in zip(seconds[True], seconds[False], strict=True)]
             print(
                 f"    batches of {size:3}: recorded {statistics.median(seconds[True]) * 1e6:8.0f} us a task  "
                 f"not {statistics.median(seconds[False]) * 1e6:8.0f}  "
-                f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})",
+                f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})  "
+                f"CPU here {statistics.median(cpu[True]) * 1e6:.0f} and {statistics.median(cpu[False]) * 1e6:.0f} us",
                 flush=True,
             )
 
