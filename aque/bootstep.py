@@ -16,6 +16,7 @@ from celery.concurrency import get_implementation
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.platforms import strargv
 from celery.signals import worker_init, worker_process_init
+from celery.worker import state as celery_state
 from celery.worker.consumer.tasks import Tasks
 
 import aque.panel  # noqa: F401  in place of Celery's revoke and terminate
@@ -123,9 +124,16 @@ class ConsumerStep(bootsteps.StartStopStep):
 
 
 def _look_up_from_waiting(connection: Any) -> None:
-    """Celery's loop waits 2 s for messages before it looks whether it should stop: let it look four times as often."""
+    """Celery's loop waits 2 s for messages before it looks whether it should stop, and once more when it has seen that: let
+    it look ten times as often, and wait no more then."""
     drain_events = connection.drain_events
-    connection.drain_events = lambda timeout=None: drain_events(timeout=None if timeout is None else min(timeout, 0.5))
+
+    def drain(timeout: float | None = None) -> Any:
+        flags = celery_state.should_stop, celery_state.should_terminate  # when set, an exit status: it may be 0
+        stops = any(flag is not None and flag is not False for flag in flags)
+        return drain_events(timeout=None if timeout is None else min(timeout, 0.01 if stops else 0.2))
+
+    connection.drain_events = drain
 
 
 def _run(worker: Any, start: Any) -> None:
