@@ -13,6 +13,7 @@ from collections.abc import Collection
 import sqlalchemy as sa
 
 from aque.states import COMPLETE_STATES, Reason, State
+from aque.store.engine import LOCK_SECONDS
 from aque.store.tables import recording, transition
 
 _FUNCTION = "aque_record_transition"
@@ -71,11 +72,14 @@ def is_on(connection: sa.Connection) -> bool:
 def switch(connection: sa.Connection, wanted: bool) -> bool:
     """Record transitions, or record none, from the caller's transaction on; False: it was so already.
 
-    On PostgreSQL this waits for the transactions that use the table of tasks, and lets later ones wait.
+    On PostgreSQL this waits for the transactions that use the table of tasks, and lets later ones wait: for LOCK_SECONDS, then
+    it fails, and `engine.again` tries once more.
     """
     changed = sa.update(recording).where(recording.c.is_on != wanted).values(is_on=wanted).returning(recording.c.id)
     if connection.execute(changed).first() is None:
         return False
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
     _drop_triggers(connection)
     if wanted:
         _create_triggers(connection)
