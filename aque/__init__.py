@@ -6,7 +6,7 @@ Public names, imported when they are first used (so that `import aque` costs not
     execute                                     in this process, without a farm
     Executor                                    functions by name, as concurrent.futures has it
     App, Task, Handle, setup                    Celery apps
-    errors, patterns, states                    modules
+    errors, events, patterns, states            modules
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aque.version import __version__
 
 if TYPE_CHECKING:
-    from aque import errors, patterns, states
+    from aque import errors, events, patterns, states
     from aque.celery_app import App, Graph, Handle, Task, current_task, graph, setup, shell, task, tasks
     from aque.executor import Executor
     from aque.forms import barrier, pattern, reduce
@@ -35,6 +35,7 @@ __all__ = [
     "barrier",
     "current_task",
     "errors",
+    "events",
     "execute",
     "graph",
     "pattern",
@@ -55,6 +56,6 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_ELSEWHERE[name]), name)
     if name in _FROM_FORMS:
         return getattr(import_module("aque.forms"), name)
-    if name in ("errors", "patterns", "states"):
+    if name in ("errors", "events", "patterns", "states"):
         return import_module(f"aque.{name}")
     raise AttributeError(f"module 'aque' has no attribute {name!r}")

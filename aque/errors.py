@@ -11,7 +11,8 @@
     ├── StoreError                    nothing was done; command line exit 69
     │   ├── StoreUnreachable
     │   ├── WrongSchema
-    │   └── BadStateDirectory
+    │   ├── BadStateDirectory
+    │   └── NotRecorded               what happens to tasks is not recorded, so that nobody can listen to it
     └── TaskError                     what `.get()` raises of a task that did not succeed; carries the id and the reason
         ├── CommandFailed             a command exited with a status other than 0
         ├── RemoteError               a Python task raised an exception that cannot be rebuilt here
@@ -88,6 +89,10 @@ class WrongSchema(StoreError):
 
 class BadStateDirectory(StoreError):
     """The state directory cannot be written, or lies on a network file system."""
+
+
+class NotRecorded(StoreError):
+    """The farm does not record what happens to tasks."""
 
 
 class TaskError(AqueError):

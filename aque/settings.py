@@ -106,6 +106,9 @@ class Settings:
         "of an id that is not in the table: `.state` is PENDING and `.get()` raises UnknownTask; wait: `.get()` waits "
         "for it, as Celery does; raise: both raise",
     )
+    event_retention_seconds: float = _setting(
+        86400.0, "s", "what has happened to tasks is kept so long for those who listen; 0: for ever", 0.0
+    )
     min_uid: int = _setting(1000, "uid", "shared stores: tasks of users below this are refused", 0)
     allow_root_tasks: bool = _setting(False, "yes/no", "shared stores: run the tasks of root, as root")
     unsafe_allow_root_sqlite: bool = _setting(

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from fractions import Fraction
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 FREE_COMMANDS_PER_CPU = 16
 #: At a restart, so long is tried to write what there is to write; the rest is handed over.
 FLUSH_SECONDS = 10.0
+#: Between two looks for events that are too old to be kept.
+FORGET_SECONDS = 60.0
 
 
 class AqueWorker:
@@ -67,6 +70,7 @@ class AqueWorker:
         self.strangers = strangers
         self.signals = signals
         self.is_described = worker_id is None
+        self._forget_events_at = 0.0
         self._avoids_shown: tuple[tuple[str, ...], dict[bytes, str]] | None = None
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
@@ -212,6 +216,14 @@ class AqueWorker:
         if not self.is_described and not self.ledger.is_over_budget:
             self.store.describe(connection, self._info(self.worker_id))
             self.is_described = True
+        self._forget_old_events(connection)
+
+    def _forget_old_events(self, connection: Any) -> None:
+        """What has happened to tasks longer ago than anybody may want to hear of; once a minute."""
+        seconds = self.settings.event_retention_seconds
+        if seconds and time.monotonic() >= self._forget_events_at:
+            self._forget_events_at = time.monotonic() + FORGET_SECONDS
+            self.store.transitions.delete_older(connection, self.store.now(connection) - seconds)
 
     def _write_run_times(self, connection: Any) -> None:
         runs = self.scheduler.run_times.take()

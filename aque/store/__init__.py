@@ -12,6 +12,7 @@ from aque.store.engine import (
 )
 from aque.store.groups import Tree
 from aque.store.limits import LimitRow
+from aque.store.recording import SWITCHED_OFF
 from aque.store.refusals import Refusal
 from aque.store.retention import Ages, Removed, Sizes
 from aque.store.store import (
@@ -30,10 +31,13 @@ from aque.store.store import (
     open_store,
     unchecked_store,
 )
+from aque.store.transitions import CursorRow, Transition
 
 __all__ = [
+    "SWITCHED_OFF",
     "Ages",
     "Call",
+    "CursorRow",
     "DatabaseError",
     "Finding",
     "Finished",
@@ -49,6 +53,7 @@ __all__ = [
     "Sizes",
     "Store",
     "StoredResult",
+    "Transition",
     "Tree",
     "WorkerRow",
     "again",

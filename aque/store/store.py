@@ -43,6 +43,7 @@ from aque.store.reservations import Reservations, ready_task
 from aque.store.retention import KNOWN_SECONDS, Retention, environment_id
 from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
+from aque.store.transitions import Transitions
 from aque.values import (
     Children,
     ClaimedTask,
@@ -266,6 +267,7 @@ class Store:
         self._environment_ids: dict[str, str] = {}  # by digest
         self._clock = (-math.inf, 0.0)
         self.run_times = RunTimes(self.dialect)
+        self.transitions = Transitions(self.dialect)
 
     @contextmanager
     def connect(self) -> Iterator[sa.Connection]:

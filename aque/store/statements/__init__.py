@@ -18,3 +18,4 @@ from aque.store.statements.run_times import *  # noqa: F403
 from aque.store.statements.submissions import *  # noqa: F403
 from aque.store.statements.times import *  # noqa: F403
 from aque.store.statements.tokens import *  # noqa: F403
+from aque.store.statements.transitions import *  # noqa: F403
