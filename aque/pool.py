@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from billiard.pool import Pool, Worker
+from billiard.pool import EX_FAILURE, EX_OK, Pool, Worker
 from celery.concurrency import prefork
 
 from aque import contain
@@ -46,6 +46,18 @@ class _Child(Worker):
         super().after_fork()
         contain.enter()
 
+    def _make_protected_receive(self, conn: Any) -> Any:
+        receive = super()._make_protected_receive(conn)
+
+        def receive_or_end() -> Any:
+            try:
+                return receive()
+            except SystemExit as end:
+                # That it should end is no failure, which the log would tell of.
+                raise SystemExit(EX_OK if end.code == EX_FAILURE else end.code) from None
+
+        return receive_or_end
+
 
 class _Pool(Pool):
     Worker = _Child
@@ -60,6 +72,46 @@ class TaskPool(prefork.TaskPool):
     """Celery's prefork pool of such children, on such locks."""
 
     BlockingPool: Any = _Pool
+    _leaving = 0  #: children that are to end as soon as one has nothing to do
+
+    def on_start(self) -> None:
+        """Start the children."""
+        self.follow(lambda n: None, lambda remove: remove())
+        super().on_start()
+        self.grow, self.shrink = self._add, self._remove
+
+    def follow(self, on_grown: Callable[[int], None], when_free: Callable[[Callable[[], None]], None]) -> None:
+        """`on_grown` is told of new children; `when_free` is given what removes one, to call it when one has nothing to do."""
+        self._on_grown, self._when_free = on_grown, when_free
+
+    def _add(self, n: int = 1) -> None:
+        if n < 1:
+            raise ValueError(f"a pool grows by 1 child or more, not {n}. Nothing was changed.")
+        self._pool.grow(n)
+        self.limit += n
+        self._on_grown(n)
+
+    def _remove(self, n: int = 1) -> None:
+        """Celery's own way is to signal a child that seems idle, which may have taken a task a moment ago."""
+        if not 0 < n < self.num_processes:
+            raise ValueError(
+                f"the pool has {self.num_processes} children, and keeps at least one: it cannot shrink by {n}. "
+                "Nothing was changed."
+            )
+        self._leaving += n
+        for _ in range(n):
+            self._when_free(self._remove_one)
+
+    def _remove_one(self) -> None:
+        self._leaving -= 1
+        self.limit -= 1
+        self._pool._processes -= 1
+        self._pool._taskqueue.put(([None], None))  # whichever child takes it ends
+
+    @property
+    def num_processes(self) -> int:
+        """Children, without those that are about to end."""
+        return int(self._pool._processes) - self._leaving
 
     def tell_children(self, *listeners: Callable[[int], None]) -> None:
         """Call the listeners with the pid of each child that there is and will be."""

@@ -117,8 +117,8 @@ class Scheduler:
     """Claims, starts and finishes tasks for one worker.
 
     `start_task` starts an attempt, with what is reserved for it, and never raises; `on_end` is called when an `until` is
-    reached, `on_news` when the worker's row should tell something else of what it avoids; once `is_urgent` is true, whatever
-    runs is killed and given back.
+    reached, `on_news` when the worker's row should tell something else of what it avoids, `on_written` after each commit that
+    has written outcomes (it must not wait for anything); once `is_urgent` is true, whatever runs is killed and given back.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class Scheduler:
         on_end: Callable[[], None],
         is_urgent: Callable[[], bool],
         on_news: Callable[[], None] = lambda: None,
+        on_written: Callable[[list[Outcome], Finished], None] = lambda outcomes, finished: None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -143,6 +144,7 @@ class Scheduler:
         self._on_end = on_end
         self._is_urgent = is_urgent
         self._on_news = on_news
+        self._on_written = on_written
         self._mounts = Mounts(place.host, self.look)
         self._classes = Classes(store, settings, place, self._mounts)
         self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds)
@@ -261,6 +263,11 @@ class Scheduler:
         """What runs now."""
         with self._lock:
             return [entry.task for entry in self._running.values()]
+
+    def buffered(self) -> list[ClaimedTask]:
+        """What is claimed and has not started."""
+        with self._lock:
+            return list(self._buffer)
 
     @property
     def is_drained(self) -> bool:
@@ -582,6 +589,8 @@ class Scheduler:
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
         self._back_off([o for o in batch.outcomes if o.host_failure], finished.elsewhere)
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
+        if batch.outcomes:
+            self._on_written(batch.outcomes, finished)
 
     def _finish_alone(self, connection: Any, batch: Batch) -> bool:
         """Record a lone success, without the two round trips of a transaction. False: nothing was written."""
@@ -590,6 +599,7 @@ class Scheduler:
         self._writing = Batch()
         self._remember(batch.outcomes)
         doorbell.ring(connection, {doorbell.DONE})
+        self._on_written(batch.outcomes, Finished(ended={batch.outcomes[0].id: State.SUCCESS}))
         return True
 
     def _after_commit(

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NoReturn
 
@@ -12,12 +13,14 @@ from celery.platforms import EX_OK
 from celery.worker import state as celery_state
 
 from aque import machine, reload, restart
+from aque.announcer import Announcer
 from aque.assignments import Assignments
 from aque.chooser import Place
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
 from aque.ledger import Ledger
+from aque.pool import TaskPool
 from aque.processes import lease_clock
 from aque.publisher import EventQueue
 from aque.reaper import Heartbeat
@@ -72,7 +75,8 @@ class AqueWorker:
         self.user = "" if is_personal else machine.user_name()
         self.switches_user = not is_personal and os.geteuid() == 0
         self.ledger = Ledger(self.whole)
-        self.eventer = EventQueue(worker.app, worker.hostname)
+        self.eventer = EventQueue(worker.app, worker.hostname, self._described)
+        self.announcer = Announcer(self.eventer)
         self.heartbeat: Heartbeat | None = None
         self.tags = parse_tags(settings.tags)
         place = Place(
@@ -84,6 +88,8 @@ class AqueWorker:
             self.switches_user,
             tags=frozenset(self.tags),
         )
+        if isinstance(worker.pool, TaskPool):
+            worker.pool.follow(self._grown, self._when_slot_is_free)
         if strangers is not None:
             worker.pool.tell_children(commands.watch, strangers.watch)
         self.runner = Runner(
@@ -92,6 +98,7 @@ class AqueWorker:
             worker.pool,
             commands,
             self.eventer,
+            self.announcer,
             settings,
             place,
             self,
@@ -107,7 +114,8 @@ class AqueWorker:
             self.runner.start,
             until=worker.app.conf.get("aque_until"),
             on_end=_end_worker,
-            on_news=lambda: self.heartbeat.soon() if self.heartbeat is not None else None,
+            on_news=self.tell,
+            on_written=self.announcer.written,
             is_urgent=lambda: signals.is_urgent or celery_state.should_terminate not in (None, False),
         )
         self.worker_id = self.scheduler.worker_id
@@ -245,6 +253,50 @@ class AqueWorker:
             resources=format_amounts(self.whole.resources),
             tags=self.tags,
         )
+
+    def tell(self) -> None:
+        """The worker's row should say something else: let the heartbeat write it now."""
+        if self.heartbeat is not None:
+            self.heartbeat.soon()
+
+    def _described(self, ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """What every event says of a task; called by the thread that publishes."""
+        fields = ["id", "celery_id", "name", "job_id", "parent_id"]
+        with self.store.connect() as connection:
+            rows = list(self.store.tasks(connection, {"id": list(ids)}, fields))
+        return {
+            row["id"]: {
+                "uuid": row["celery_id"] or str(row["id"]),
+                "name": row["name"],
+                "root_id": str(row["job_id"]),
+                "parent_id": None if row["parent_id"] is None else str(row["parent_id"]),
+            }
+            for row in rows
+        }
+
+    # -- a pool that grows and shrinks --------------------------------------------------------------------------------
+
+    def _grown(self, n: int) -> None:
+        """The pool has so many children more."""
+        self.ledger.enlarge(Capacity(Fraction(0), 0, python_slots=n))
+        self._resized()
+        self.scheduler.look()
+
+    def _when_slot_is_free(self, remove: Callable[[], None]) -> None:
+        """Call `remove` when a child of the pool has nothing to do, and never will have again."""
+        slot = Capacity(Fraction(0), 0, python_slots=1)
+
+        def begin() -> None:
+            remove()
+            self.ledger.write_off(slot)
+            self._resized()
+
+        self.ledger.in_turn(slot, begin)
+
+    def _resized(self) -> None:
+        self.whole = self.ledger.whole
+        self.is_described = False
+        self.tell()
 
     def lost(self) -> int:
         """Others have this worker's tasks: kill them here, and go on as a new worker."""
