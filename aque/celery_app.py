@@ -10,7 +10,7 @@ from celery import Celery, current_app, shared_task
 from celery._state import get_current_task
 
 import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql with kombu
-from aque import machine
+from aque import ingress, machine
 from aque.bootstep import ConsumerStep, WorkerStep
 from aque.celery_task import Task
 from aque.errors import BadInput, NotSubmittable
@@ -155,6 +155,7 @@ def setup(app: Celery) -> Celery:
     app.steps["worker"].add(WorkerStep)
     app.steps["consumer"].add(ConsumerStep)
     app.add_defaults(lambda: _defaults(app))
+    ingress.register(app)
     app.set_default()
     return app
 

@@ -1,6 +1,7 @@
 """What Celery's remote control asks of tasks that are in the table and on no worker."""
 
 from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -12,7 +13,7 @@ from aque.store.tables import payload, requirement, task
 @cache
 def scheduled() -> Statement:
     """The `limit` tasks of these `queues` that wait for the earliest times."""
-    queues = sa.bindparam("queues", expanding=True)
+    queues: sa.BindParameter[Any] = sa.bindparam("queues", expanding=True)
     return (
         sa.select(
             *[task.c[name] for name in ("id", "celery_id", "name", "not_before", "priority", "pattern")],
