@@ -12,6 +12,7 @@ import aque
 from tests.worker.tasks import append, wait_for
 
 app = aque.setup(Celery("ordinary", backend=os.environ.get("TEST_BACKEND", "rpc://"), include=["tests.worker.tasks"]))
+app.conf.worker_pool_restarts = bool(os.environ.get("TEST_POOL_RESTARTS"))
 
 
 @app.task  # type: ignore[untyped-decorator]
