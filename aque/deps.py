@@ -71,20 +71,24 @@ class Start:
 
 
 def starts(
-    graph: Mapping[int, Sequence[Dependency]], groups: Iterable[int], outside: Mapping[int, State]
+    graph: Mapping[int, Sequence[Dependency]],
+    groups: Iterable[int],
+    outside: Mapping[int, State],
+    timed: Iterable[int] = (),
 ) -> dict[int, Start]:
     """The first state of every task in `graph`, in insertion order.
 
     `outside` holds the states of the tasks that the graph depends on and does not contain; one that has already failed
     makes its dependents `skipped` here and now, and so on down the graph. `groups` are the tasks that need no worker:
-    with nothing left to wait for they are complete at once.
+    with nothing left to wait for they are complete at once. `timed` are those that wait for a time too, which counts as one
+    dependency.
     """
-    group_ids = set(groups)
+    group_ids, timed_ids = set(groups), set(timed)
     states: dict[int, State] = dict(outside)
     result: dict[int, Start] = {}
     for task in in_order(graph):
         known = [(d.condition, states[d.upstream]) for d in graph[task]]
-        unmet = sum(1 for condition, state in known if not is_satisfied(condition, state))
+        unmet = sum(1 for condition, state in known if not is_satisfied(condition, state)) + (task in timed_ids)
         if any(is_impossible(condition, state) for condition, state in known):
             state = State.SKIPPED
         elif unmet:

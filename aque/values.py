@@ -214,6 +214,7 @@ class Replacement:
     arguments: bytes
     inputs: tuple[int, ...]
     dependencies: tuple[Dependency, ...]  #: in the table already
+    class_id: int | None = None  #: of its requirement; None: that of the row
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import signal as signals
 import socket
 import time
 from collections import Counter
@@ -41,6 +42,7 @@ from aque.store.reservations import Reservations, ready_task
 from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
 from aque.values import (
+    Children,
     ClaimedTask,
     Dependency,
     Outcome,
@@ -74,7 +76,10 @@ class Released:
     ready: list[ReadyTask] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     groups: dict[int, State] = field(default_factory=dict)  #: groups that ended with their last member
+    expired: list[int] = field(default_factory=list)  #: were not started in time
+    closed: dict[int, State] = field(default_factory=dict)  #: tasks that ended with their last child
     freed: bool = False  #: tokens of limits, for which others may wait
+    signalled: bool = False  #: workers have children to kill
 
 
 @dataclass(slots=True)
@@ -82,7 +87,8 @@ class Finished(Released):
     """What became of a batch of outcomes."""
 
     ended: dict[int, State] = field(default_factory=dict)
-    repeated: list[int] = field(default_factory=list)  #: failed or lost, and ready for another attempt
+    repeated: list[int] = field(default_factory=list)  #: another attempt follows, now or later
+    waiting: list[int] = field(default_factory=list)  #: succeeded, and their children are open
     refused: list[int] = field(default_factory=list)  #: the claim no longer stands: nothing was written
     elsewhere: list[int] = field(default_factory=list)  #: of `repeated`: this host could not start them
 
@@ -91,7 +97,7 @@ class Finished(Released):
 class Killed(Released):
     """What a kill did, by id."""
 
-    cancelled: list[int] = field(default_factory=list)  #: had not started
+    cancelled: list[int] = field(default_factory=list)  #: no process of theirs ran
     requested: list[int] = field(default_factory=list)  #: their workers will signal them
     spared: list[int] = field(default_factory=list)  #: reached, and left to others that still need them
     untouched: dict[int, State] = field(default_factory=dict)  #: complete already, or nothing to signal
@@ -265,7 +271,10 @@ class Store:
         graph: dict[int, Sequence[Dependency]] = {spec.id: spec.dependencies for spec in specs}
         dependents = Counter(d.upstream for spec in specs for d in spec.dependencies)
         states = self._add_dependents(connection, {i: n for i, n in dependents.items() if i not in graph})
-        starts = deps.starts(graph, [s.id for s in specs if s.requirement.pattern is Pattern.GROUP], states)
+        children = Counter(spec.parent_id for spec in specs if spec.parent_id is not None)
+        self._add_children(connection, {i: n for i, n in children.items() if i not in graph})
+        groups = [s.id for s in specs if s.requirement.pattern is Pattern.GROUP]
+        starts = deps.starts(graph, groups, states, [s.id for s in specs if s.not_before is not None])
         everything = {**states, **{task_id: start.state for task_id, start in starts.items()}}
         now = self._wall(connection, time.monotonic())
         task_rows, payload_rows, edge_rows = [], [], []
@@ -273,7 +282,7 @@ class Store:
         for spec in specs:
             start = starts[spec.id]
             duration = durations.get(spec.id, spec.duration)
-            task_rows.append(self._task_row(spec, start, dependents[spec.id], duration, now))
+            task_rows.append(self._task_row(spec, start, dependents[spec.id], children[spec.id], duration, now))
             if spec.requirement.pattern is not Pattern.GROUP:
                 payload_rows.append(self._payload_row(spec))
             edge_rows += [
@@ -292,8 +301,10 @@ class Store:
 
     def is_one_statement(self, specs: Sequence[TaskSpec]) -> bool:
         """True if `submit` sends one statement for these: it needs no transaction around it, which is two round trips."""
-        alone = len(specs) == 1 and not specs[0].dependencies and specs[0].requirement.pattern is not Pattern.GROUP
-        return alone and self.dialect == "postgresql"
+        if len(specs) != 1 or self.dialect != "postgresql":
+            return False
+        spec = specs[0]
+        return not spec.dependencies and spec.parent_id is None and spec.requirement.pattern is not Pattern.GROUP
 
     def now(self, connection: sa.Connection) -> float:
         """Seconds since 1970 on the database's clock, as far as it was read within the last minute."""
@@ -360,8 +371,19 @@ class Store:
             raise UnknownTask(missing)
         return states
 
+    def _add_children(self, connection: sa.Connection, counts: Mapping[int, int]) -> None:
+        """Tasks get so many more children. Raises BadInput for those that have ended."""
+        if not counts:
+            return
+        rows = json.dumps([{"id": i, "n": n} for i, n in sorted(counts.items())])
+        found = set(connection.execute(sql.add_children(self.dialect), {"rows": rows}).scalars())
+        if missing := [i for i in counts if i not in found]:
+            raise BadInput(
+                f"task {missing[0]}, whose child this would be, has ended or is being killed. Nothing was submitted."
+            )
+
     def _task_row(
-        self, spec: TaskSpec, start: deps.Start, dependents: int, duration: float, now: Any
+        self, spec: TaskSpec, start: deps.Start, dependents: int, children: int, duration: float, now: Any
     ) -> tuple[Any, ...]:
         is_group = spec.requirement.pattern is Pattern.GROUP
         reason = {State.SKIPPED: Reason.DEPENDENCY, State.ERROR: Reason.DEPENDENCY}.get(start.state)
@@ -372,8 +394,8 @@ class Store:
             spec.priority,
             spec.priority + spec.age_rank,
             duration,
-            spec.not_before,
-            spec.expires_at,
+            spec.not_before if start.state is State.PENDING else None,
+            spec.expires_at if start.state not in COMPLETE_STATES else None,
             spec.io_bytes,
             start.unmet,
             dependents,
@@ -390,7 +412,7 @@ class Store:
             spec.layer or spec.name,
             spec.parent_id,
             str(spec.children),
-            0,
+            0 if spec.children is Children.DETACH else children,
             0,
             False,
             spec.seq,
@@ -578,12 +600,14 @@ class Store:
         """
         if not outcomes:
             return Finished()
-        rows = [self._outcome_row(connection, o) for o in sorted(outcomes, key=lambda o: o.id)]
+        replaced = [o for o in outcomes if o.replacement is not None]
+        rows = [self._outcome_row(connection, o) for o in sorted(outcomes, key=lambda o: o.id) if o.replacement is None]
         values = [
             {"task_id": o.id, "value": o.value, "error": o.error}
             for o in outcomes
             if o.value is not None or o.error is not None
         ]
+        written: Sequence[Any] = []
         if len(rows) == 1:
             one: dict[str, Any] = {f"o_{name}": value for name, value in rows[0].items()} | {"max_lost": max_lost}
             if values and self.dialect == "postgresql":
@@ -591,32 +615,114 @@ class Store:
                 written, values = connection.execute(sql.finish_one_with_result(), one).all(), []
             else:
                 written = connection.execute(sql.finish_one(), one).all()
-        else:
+        elif rows:
             parameters = {"rows": json.dumps(rows), "max_lost": max_lost}
             written = connection.execute(sql.finish(self.dialect), parameters).all()
         moved = {row.id: State(row.state) for row in written}
         ended = {i: state for i, state in moved.items() if state in COMPLETE_STATES}
-        repeated = [i for i in moved if i not in ended]
+        waiting = [i for i, state in moved.items() if state is State.WAITING]
+        repeated = [i for i in moved if i not in ended and i not in waiting]
         lost = {o.id for o in outcomes if o.state is State.READY}
-        if failed := [i for i in repeated if i not in lost]:
+        retried = [o.id for o in outcomes if o.again is not None and o.id in repeated]
+        if retried:
+            self._keep_attempts(connection, retried, "retry", None)
+        if failed := [i for i in repeated if i not in lost and i not in retried]:
             self._keep_attempts(connection, failed, State.ERROR, None)
+        if new_arguments := [
+            {"which": o.id, "new_arguments": o.again.arguments}
+            for o in outcomes
+            if o.again is not None and o.again.arguments is not None and o.id in repeated
+        ]:
+            connection.execute(sql.set_arguments(), new_arguments)
         if gone := [i for i in repeated if i in lost]:
             self._keep_attempts(connection, gone, "lost", Reason.WORKER_LOST)
         if values := [row for row in values if row["task_id"] in moved]:
             connection.execute(sql.store_results(self.dialect), values)
-        released = self.release(connection, written)
+        written = list(written)
+        for outcome in replaced:
+            new = self._replace(connection, outcome)
+            written += new
+            ended |= {row.id: State(row.state) for row in new if row.state in COMPLETE_STATES}
+            repeated += [row.id for row in new if row.state not in COMPLETE_STATES]
+        abandoned = [row.id for row in written if row.children == Children.CANCEL and row.children_left]
+        withdrawn, signalled = self._end_children(connection, [i for i in abandoned if i in ended])
+        released = self.release(connection, [*written, *withdrawn])
         return Finished(
-            released.ready,
-            released.skipped,
-            released.groups,
-            self._free_tokens(connection, written),
-            ended,
-            repeated,
-            [o.id for o in outcomes if o.id not in moved],
+            ready=released.ready,
+            skipped=released.skipped,
+            groups=released.groups,
+            closed=released.closed,
+            freed=self._free_tokens(connection, written),
+            signalled=bool(signalled),
+            ended=ended,
+            repeated=repeated,
+            waiting=waiting,
+            refused=[o.id for o in outcomes if o.id not in {row.id for row in written}],
         )
+
+    def _replace(self, connection: sa.Connection, outcome: Outcome) -> Sequence[Any]:
+        """Give a task's row to what takes its place: its dependents, its id and its job stay, and its claim ends. None if the
+        claim does not stand any more; one that is being killed is killed."""
+        replacement = outcome.replacement
+        assert replacement is not None
+        parameters = {"which": outcome.id, "with_token": outcome.token, "new_name": replacement.name}
+        parameters["new_class"] = replacement.class_id
+        moved = connection.execute(sql.leave(), parameters).all()
+        if not moved or moved[0].state == State.KILLED:
+            return moved
+        self._keep_attempts(connection, [outcome.id], "replaced", None)
+        connection.execute(
+            sql.set_payload(),
+            {
+                "which": outcome.id,
+                "new_function": replacement.function,
+                "new_arguments": replacement.arguments,
+                "new_inputs": _json(replacement.inputs) if replacement.inputs else b"",
+            },
+        )
+        states = self._add_dependents(connection, {d.upstream: 1 for d in replacement.dependencies})
+        start = deps.starts({outcome.id: replacement.dependencies}, (), states)[outcome.id]
+        edges = [
+            (d.upstream, outcome.id, str(d.condition), deps.is_satisfied(d.condition, states[d.upstream]))
+            for d in replacement.dependencies
+        ]
+        self._insert(connection, edge, _EDGE_COLUMNS, edges)
+        parameters = {"which": outcome.id, "to_state": str(start.state), "new_unmet": start.unmet}
+        return connection.execute(sql.enter(), parameters).all()
+
+    def _end_children(self, connection: sa.Connection, parents: Sequence[int]) -> tuple[Sequence[Any], Sequence[int]]:
+        """Kill the open children of these tasks, and theirs: the rows that ended at once, and those that workers will end."""
+        if not parents:
+            return [], []
+        ids = connection.execute(sql.descendants(self.dialect), {"ids": list(parents)}).scalars().all()
+        return self._end(connection, ids, {"wanted_signal": int(signals.SIGTERM), "wanted_grace": None})
+
+    def _end(
+        self, connection: sa.Connection, ids: Sequence[int], wanted: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Sequence[int]]:
+        ended = [*connection.execute(sql.cancel(self.dialect), {"ids": list(ids)})]
+        ended += connection.execute(sql.kill_waiting(self.dialect), {"ids": list(ids)})
+        return ended, connection.execute(sql.request_kill(self.dialect), {"ids": list(ids), **wanted}).scalars().all()
+
+    # -- times --------------------------------------------------------------------------------------------------------
+
+    def next_time(self, connection: sa.Connection) -> float | None:
+        """In how many seconds (0: now) there is something for `advance`; None: never, as things are."""
+        found = connection.execute(sql.next_time()).scalar()
+        return None if found is None else max(0.0, found - self._wall(connection, time.monotonic()))
+
+    def advance(self, connection: sa.Connection) -> Released:
+        """Release what has waited for its time, and cancel what was not started in time, inside the caller's transaction."""
+        rows = connection.execute(sql.due(self.dialect)).all()
+        expired = connection.execute(sql.expire(self.dialect)).all()
+        released = self.release(connection, expired)
+        released.expired = [row.id for row in expired]
+        released.ready += [ready_task(row) for row in rows if row.state == State.READY]
+        return released
 
     def _outcome_row(self, connection: sa.Connection, outcome: Outcome) -> dict[str, Any]:
         ended = self._wall(connection, time.monotonic() if outcome.ended is None else outcome.ended)
+        again = outcome.again
         return {
             "id": outcome.id,
             "attempt": outcome.attempt,
@@ -629,7 +735,10 @@ class Store:
             "started_at": ended - outcome.ran_seconds,
             "ended_at": ended,
             **{name: getattr(outcome.usage, name, None) for name in Usage.__slots__},
-            "repeat": outcome.state is State.ERROR,
+            "repeat": outcome.state is State.ERROR and outcome.again is None,
+            "again": again is not None,
+            "not_before": ended + again.after_seconds if again is not None and again.after_seconds > 0 else None,
+            "counts": again is None or again.counts,
         }
 
     def finish_alone(self, connection: sa.Connection, outcome: Outcome) -> bool:
@@ -645,11 +754,17 @@ class Store:
         return connection.execute(sql.finish_alone(outcome.value is not None), parameters).first() is not None
 
     def release(self, connection: sa.Connection, moved: Iterable[Any]) -> Released:
-        """Settle everything that waited for the tasks that this transaction has just moved (rows of id, state, dependents):
-        count down, skip what has become impossible (all the way down), end groups whose last member this was."""
+        """Settle everything that waited for the tasks that this transaction has just moved (rows of `sql.MOVED`): count down,
+        skip what has become impossible (all the way down), end groups and parents whose last member or child this was."""
         result = Released()
-        wave = {row.id: (State(row.state), row.dependents) for row in moved}
-        while wave := {i: (state, n) for i, (state, n) in wave.items() if n and state in COMPLETE_STATES}:
+        ended_rows = list(moved)
+        while ended_rows := [row for row in ended_rows if row.state in COMPLETE_STATES]:
+            closed = self._count_children(connection, ended_rows)
+            wave = {row.id: (State(row.state), row.dependents) for row in ended_rows if row.dependents}
+            ended_rows = list(closed)
+            result.closed |= {row.id: State(row.state) for row in closed}
+            if not wave:
+                continue
             ended = {
                 "ids": sorted(wave),
                 "succeeded": [i for i, (state, _) in wave.items() if state is State.SUCCESS],
@@ -662,7 +777,7 @@ class Store:
             else:  # every edge out of these tasks is satisfied: none has become impossible
                 skipped = []
             result.skipped += [row.id for row in skipped]
-            wave = {row.id: (State.SKIPPED, row.dependents) for row in skipped}
+            ended_rows += skipped
             groups = []
             for row, _ in counted:
                 if row.unmet == 0 and row.state == State.READY:
@@ -670,10 +785,25 @@ class Store:
                 elif row.unmet == 0 and row.state == State.PENDING:
                     groups.append(row.id)
             if groups:
-                for row in connection.execute(sql.end_groups(self.dialect), {"ids": groups}):
-                    result.groups[row.id] = State(row.state)
-                    wave[row.id] = (State(row.state), row.dependents)
+                ended_groups = connection.execute(sql.end_groups(self.dialect), {"ids": groups}).all()
+                result.groups |= {row.id: State(row.state) for row in ended_groups}
+                ended_rows += ended_groups
         return result
+
+    def _count_children(self, connection: sa.Connection, ended: Iterable[Any]) -> Sequence[Any]:
+        """These rows have ended: tell their parents, and settle those that have waited for them."""
+        counts: dict[int, list[int]] = {}
+        for row in ended:
+            if row.parent_id is not None:
+                count = counts.setdefault(row.parent_id, [0, 0])
+                count[0] += 1
+                count[1] += row.state != State.SUCCESS
+        if not counts:
+            return []
+        rows = json.dumps([{"id": i, "n": n, "failed": failed} for i, (n, failed) in sorted(counts.items())])
+        counted = connection.execute(sql.count_children(self.dialect), {"rows": rows}).all()
+        due = [row.id for row in counted if row.state == State.WAITING and row.children_left == 0]
+        return connection.execute(sql.close(self.dialect), {"ids": due}).all() if due else []
 
     def _count_down(self, connection: sa.Connection, ended: dict[str, list[int]]) -> list[tuple[Any, int]]:
         """Satisfy what these completions (`ids`, `succeeded`, `in_error`) satisfy: each dependent as it now is, and how many of
@@ -732,9 +862,14 @@ class Store:
             named = self._states(connection, sql.lock_with_members(self.dialect), wanted)
             _check_known(wanted, named)
             everything, spared = list(named), []
-        withdrawn: Sequence[Any] = []
+        if ends and not waiting_only:  # what a task has submitted goes with it
+            children = connection.execute(sql.descendants(self.dialect), {"ids": everything}).scalars()
+            everything = [*dict.fromkeys([*everything, *children])]
+        withdrawn: list[Any] = []
         if ends:
-            withdrawn = connection.execute(sql.cancel(self.dialect), {"ids": everything}).all()
+            withdrawn += connection.execute(sql.cancel(self.dialect), {"ids": everything})
+        if ends and not waiting_only:
+            withdrawn += connection.execute(sql.kill_waiting(self.dialect), {"ids": everything})
         requested: list[int] = []
         if not waiting_only:
             parameters = {
@@ -745,16 +880,17 @@ class Store:
             requested = list(connection.execute(sql.request_kill(self.dialect), parameters).scalars())
         released = self.release(connection, withdrawn)
         ended = [row.id for row in withdrawn]
-        touched = {*ended, *requested, *released.skipped, *released.groups}
+        touched = {*ended, *requested, *released.skipped, *released.groups, *released.closed}
         return Killed(
-            released.ready,
-            released.skipped,
-            released.groups,
-            released.freed,
-            ended,
-            requested,
-            spared,
-            {i: state for i, state in named.items() if i not in touched},
+            ready=released.ready,
+            skipped=released.skipped,
+            groups=released.groups,
+            closed=released.closed,
+            freed=released.freed,
+            cancelled=ended,
+            requested=requested,
+            spared=spared,
+            untouched={i: state for i, state in named.items() if i not in touched},
         )
 
     def _states(self, connection: sa.Connection, statement: Any, ids: Sequence[int]) -> dict[int, State]:

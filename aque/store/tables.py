@@ -68,7 +68,7 @@ task = sa.Table(
     sa.Column(
         "not_before", sa.Double, comment="counts as one of unmet until then; null: nothing to wait for (any more)"
     ),
-    sa.Column("expires_at", sa.Double, comment="not started by then, it is cancelled"),
+    sa.Column("expires_at", sa.Double, comment="not started by then, it is cancelled; null once it has"),
     sa.Column("io_bytes", sa.BigInteger, nullable=False, comment="size of its io_paths; 0: unknown"),
     sa.Column("unmet", sa.Integer, nullable=False, comment="dependencies left, and 1 for not_before"),
     sa.Column("dependents", sa.Integer, nullable=False, comment="edges out of it; 0: its end concerns nobody"),
@@ -125,7 +125,7 @@ _child = task.c.parent_id.is_not(None)
 sa.Index("ix_aque_task_parent", task.c.parent_id, postgresql_where=_child, sqlite_where=_child)
 _timed = task.c.not_before.is_not(None)
 sa.Index("ix_aque_task_not_before", task.c.not_before, postgresql_where=_timed, sqlite_where=_timed)
-_expiring = sa.and_(task.c.expires_at.is_not(None), task.c.finished_at.is_(None))
+_expiring = task.c.expires_at.is_not(None)
 sa.Index("ix_aque_task_expires", task.c.expires_at, postgresql_where=_expiring, sqlite_where=_expiring)
 _named = task.c.celery_id.is_not(None)
 sa.Index("ix_aque_task_celery_id", task.c.celery_id, unique=True, postgresql_where=_named, sqlite_where=_named)

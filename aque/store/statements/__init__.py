@@ -13,4 +13,5 @@ from aque.store.statements.questions import *  # noqa: F403
 from aque.store.statements.refusals import *  # noqa: F403
 from aque.store.statements.run_times import *  # noqa: F403
 from aque.store.statements.submissions import *  # noqa: F403
+from aque.store.statements.times import *  # noqa: F403
 from aque.store.statements.tokens import *  # noqa: F403

@@ -77,6 +77,7 @@ def _claim(dialect: str, with_tokens: bool) -> Any:
     picked = (
         sa.select(task.c.id)
         .where(one_of(dialect, task.c.id, "ids"), is_state(State.READY), sa.exists().where(me.c.id.is_not(None)))
+        .where(sa.or_(task.c.expires_at.is_(None), task.c.expires_at > wall_clock()))
         .with_for_update(skip_locked=True, of=task)
         .cte("picked")
     )
@@ -100,6 +101,7 @@ def _claim(dialect: str, with_tokens: bool) -> Any:
             signal=None,
             truncated=False,
             progress=None,
+            expires_at=None,  # it was started in time
             **values,
             **dict.fromkeys(USAGE_COLUMNS),
         )
@@ -199,6 +201,7 @@ def give_back(dialect: str) -> Statement:
             attempt=task.c.attempt - sa.case((is_state(State.CLAIMED), 1), else_=0),
             ready_at=sa.case((is_state(State.CLAIMED), task.c.ready_at), else_=wall_clock()),
             token=None,
+            blocked=False,
             reason=None,
         )
         .returning(task.c.id, task.c.tokens)

@@ -32,7 +32,8 @@ def locked_in_order(where: sa.ColumnElement[bool]) -> sa.CTE:
 
 def is_not_being_ended() -> sa.ColumnElement[bool]:
     """A signal that only has to be delivered changes nothing about what becomes of a task."""
-    return sa.or_(task.c.kill_signal.is_(None), task.c.kill_signal.not_in(sorted(ENDING_SIGNALS)))
+    ending: list[Any] = [sa.literal_column(str(number)) for number in sorted(ENDING_SIGNALS)]
+    return sa.func.coalesce(task.c.kill_signal, 0).not_in(ending)
 
 
 def insert_into(dialect: str, table: sa.Table) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
+from aque.states import COMPLETE_STATES, Event, Reason, State, sources
 from aque.store.engine import closure, one_of, row_set, wall_clock
 from aque.store.statements.claims import READY_COLUMNS
 from aque.store.statements.common import (
@@ -19,8 +19,8 @@ from aque.store.statements.common import (
     is_state,
     locked_in_order,
 )
-from aque.store.tables import attempt, edge, output, result, task
-from aque.values import Condition
+from aque.store.tables import attempt, edge, output, payload, result, task
+from aque.values import Children, Condition
 
 #: What the table is told of an outcome.
 _OUTCOME: dict[str, sa.types.TypeEngine[Any]] = {
@@ -36,7 +36,20 @@ _OUTCOME: dict[str, sa.types.TypeEngine[Any]] = {
     "ended_at": sa.Double(),
     **{name: task.c[name].type for name in USAGE_COLUMNS},
     "repeat": sa.Boolean(),
+    "again": sa.Boolean(),
+    "not_before": sa.Double(),
+    "counts": sa.Boolean(),
 }
+#: What `Store.release` has to know of a task that has moved.
+MOVED = (
+    task.c.id,
+    task.c.state,
+    task.c.dependents,
+    task.c.tokens,
+    task.c.parent_id,
+    task.c.children,
+    task.c.children_left,
+)
 
 
 @cache
@@ -44,7 +57,8 @@ def finish(dialect: str) -> Statement:
     """Record outcomes (`rows`), each only if its claim still stands. Returns what really moved: only that may release.
 
     A failed attempt that may be repeated (its row says `repeat`) goes back to ready; so does a lost one (its state says
-    `ready`), unless it was killed meanwhile, or is the last of `max_lost`.
+    `ready`), unless it was killed meanwhile, or is the last of `max_lost`; and one that asks for it (`again`), which may
+    wait until `not_before`. A success with open children waits for them.
     """
     rows = row_set(dialect, "rows", **_OUTCOME)
     locked = locked_in_order(task.c.id.in_(sa.select(rows.c.id)))
@@ -72,20 +86,27 @@ def _with_result(finishing: Any) -> Statement:
     stored = (
         _store_results("postgresql", ["task_id", "value", "error"], values).returning(result.c.task_id).cte("stored")
     )
-    return sa.select(moved.c.id, moved.c.state, moved.c.dependents, moved.c.tokens).add_cte(stored)
+    return sa.select(*moved.c).add_cte(stored)
 
 
 @cache
 def finish_alone(with_result: bool) -> Statement:
-    """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for and that holds no tokens: nothing
-    else has to be in its transaction. No row: its claim does not stand, or it is not such a one (any more)."""
-    alone = finish_one().where(task.c.dependents == 0, task.c.tokens == 0)
+    """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for, that holds no tokens and has
+    neither parent nor children: nothing else has to be in its transaction. No row: its claim does not stand, or it is not
+    such a one (any more)."""
+    alone = finish_one().where(
+        task.c.dependents == 0, task.c.tokens == 0, task.c.parent_id.is_(None), task.c.children_left == 0
+    )
     return _with_result(alone) if with_result else alone
 
 
 def _finish(row: Any) -> Any:
     lost = row.state == State.READY
     repeat = sa.and_(row.repeat, is_not_being_ended(), task.c.failed + 1 < task.c.max_attempts)
+    postponed = sa.and_(row.again, is_not_being_ended(), row.not_before.is_not(None))
+    waits = sa.and_(row.state == State.SUCCESS, task.c.children == Children.WAIT)
+    waiting = sa.and_(waits, task.c.children_left > 0)
+    bereft = sa.and_(waits, task.c.children_failed > 0)
     return (
         sa.update(task)
         .where(
@@ -96,7 +117,7 @@ def _finish(row: Any) -> Any:
         )
         .values(
             state=sa.case(
-                (sa.and_(lost, task.c.kill_signal.in_(sorted(ENDING_SIGNALS))), State.KILLED.value),
+                (sa.and_(lost, sa.not_(is_not_being_ended())), State.KILLED.value),
                 (
                     sa.and_(
                         lost,
@@ -104,25 +125,95 @@ def _finish(row: Any) -> Any:
                     ),
                     State.ERROR.value,
                 ),
+                (postponed, State.PENDING.value),
+                (sa.and_(row.again, is_not_being_ended()), State.READY.value),
+                (row.again, State.KILLED.value),
                 (repeat, State.READY.value),
+                (waiting, State.WAITING.value),
+                (bereft, State.ERROR.value),
                 else_=row.state,
             ),
-            attempt=task.c.attempt - sa.case((row.state == State.CANCELLED, 1), else_=0),
+            unmet=sa.case((postponed, 1), else_=task.c.unmet),
+            not_before=sa.case((postponed, sa.cast(row.not_before, sa.Double)), else_=sa.null()),
+            # Withdrawn by its worker before it started; not if the task itself said that nothing is to come of it.
+            attempt=task.c.attempt
+            - sa.case((sa.and_(row.state == State.CANCELLED, row.reason == Reason.REQUEST), 1), else_=0),
             lost=task.c.lost + sa.case((lost, 1), else_=0),
-            failed=task.c.failed + sa.case((row.state == State.ERROR, 1), else_=0),
-            reason=row.reason,
+            failed=task.c.failed + sa.case((sa.and_(row.state == State.ERROR, row.counts), 1), else_=0),
+            reason=sa.case((waiting, sa.null()), (bereft, Reason.CHILD.value), else_=row.reason),
             exit_code=row.exit_code,
             signal=row.signal,
             truncated=row.truncated,
             started_at=sa.func.coalesce(task.c.started_at, row.started_at),
-            finished_at=row.ended_at,
-            ready_at=sa.case((sa.or_(lost, repeat), row.ended_at), else_=task.c.ready_at),
+            finished_at=sa.case((waiting, sa.null()), else_=row.ended_at),
+            ready_at=sa.case((sa.or_(lost, repeat, row.again), row.ended_at), else_=task.c.ready_at),
             token=None,
+            blocked=False,
             kill_signal=None,
             kill_grace=None,
             **{name: getattr(row, name) for name in USAGE_COLUMNS},
         )
-        .returning(task.c.id, task.c.state, task.c.dependents, task.c.tokens)
+        .returning(*MOVED)
+    )
+
+
+@cache
+def leave() -> Statement:
+    """The task `which` leaves its claim (`with_token`) and waits for what takes its place; one that is being killed is
+    killed."""
+    return (
+        sa.update(task)
+        .where(task.c.id == sa.bindparam("which"), task.c.token == sa.bindparam("with_token"), in_states(ON_WORKER))
+        .values(
+            state=sa.case((is_not_being_ended(), State.PENDING.value), else_=State.KILLED.value),
+            name=sa.bindparam("new_name", type_=sa.Text),
+            requirement_id=sa.func.coalesce(sa.bindparam("new_class", type_=sa.BigInteger), task.c.requirement_id),
+            token=None,
+            kill_signal=None,
+            kill_grace=None,
+            blocked=False,
+            finished_at=wall_clock(),
+        )
+        .returning(*MOVED)
+    )
+
+
+@cache
+def enter() -> Statement:
+    """The task `which` goes on in `to_state`, with so many dependencies left (`new_unmet`)."""
+    return (
+        sa.update(task)
+        .where(task.c.id == sa.bindparam("which"), is_state(State.PENDING))
+        .values(
+            state=sa.bindparam("to_state", type_=sa.Text),
+            unmet=sa.bindparam("new_unmet", type_=sa.Integer),
+            ready_at=wall_clock(),
+        )
+        .returning(*MOVED)
+    )
+
+
+@cache
+def set_payload() -> Statement:
+    """What the task `which` runs from now on."""
+    return (
+        sa.update(payload)
+        .where(payload.c.task_id == sa.bindparam("which"))
+        .values(
+            function=sa.bindparam("new_function"),
+            arguments=sa.bindparam("new_arguments"),
+            inputs=sa.bindparam("new_inputs"),
+        )
+    )
+
+
+@cache
+def set_arguments() -> Statement:
+    """Tasks (`id`) get other arguments (`arguments`)."""
+    return (
+        sa.update(payload)
+        .where(payload.c.task_id == sa.bindparam("which"))
+        .values(arguments=sa.bindparam("new_arguments"))
     )
 
 
@@ -239,8 +330,10 @@ def skip(dialect: str) -> Statement:
     return (
         sa.update(task)
         .where(task.c.id == locked.c.id)
-        .values(state=State.SKIPPED, reason=Reason.DEPENDENCY, finished_at=wall_clock())
-        .returning(task.c.id, task.c.dependents)
+        .values(
+            state=State.SKIPPED, reason=Reason.DEPENDENCY, not_before=None, expires_at=None, finished_at=wall_clock()
+        )
+        .returning(*MOVED)
     )
 
 
@@ -259,7 +352,37 @@ def end_groups(dialect: str) -> Statement:
             reason=sa.case((failed, Reason.DEPENDENCY.value), else_=sa.null()),
             finished_at=wall_clock(),
         )
-        .returning(task.c.id, task.c.state, task.c.dependents)
+        .returning(*MOVED)
+    )
+
+
+@cache
+def count_children(dialect: str) -> Statement:
+    """Take ended children (`rows`: id, n, failed) from those that each parent `id` waits for; those for whom these were the
+    last."""
+    rows = row_set(dialect, "rows", id=sa.BigInteger(), n=sa.Integer(), failed=sa.Integer())
+    locked = locked_in_order(task.c.id.in_(sa.select(rows.c.id)))
+    return (
+        sa.update(task)
+        .where(task.c.id == locked.c.id, rows.c.id == locked.c.id, task.c.children != Children.DETACH)
+        .values(children_left=task.c.children_left - rows.c.n, children_failed=task.c.children_failed + rows.c.failed)
+        .returning(task.c.id, task.c.state, task.c.children_left)
+    )
+
+
+@cache
+def close(dialect: str) -> Statement:
+    """Settle these tasks (`ids`), whose children have ended: success if all of them succeeded."""
+    failed = task.c.children_failed > 0
+    return (
+        sa.update(task)
+        .where(one_of(dialect, task.c.id, "ids"), is_state(State.WAITING), task.c.children_left == 0)
+        .values(
+            state=sa.case((failed, State.ERROR.value), else_=State.SUCCESS.value),
+            reason=sa.case((failed, Reason.CHILD.value), else_=sa.null()),
+            finished_at=wall_clock(),
+        )
+        .returning(*MOVED)
     )
 
 

@@ -12,7 +12,7 @@ from aque.store.statements.common import (
     is_state,
 )
 from aque.store.tables import edge, limit, payload, requirement, task, token, worker
-from aque.values import Condition, Pattern
+from aque.values import Children, Condition, Pattern
 
 
 def checks(dialect: str) -> dict[str, sa.Select[Any]]:
@@ -32,6 +32,14 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         sa.select(sa.func.count())
         .select_from(edge)
         .where(edge.c.downstream == task.c.id, sa.not_(edge.c.satisfied))
+        .correlate(task)
+        .scalar_subquery()
+    )
+    child = task.alias("child")
+    open_children = (
+        sa.select(sa.func.count())
+        .select_from(child)
+        .where(child.c.parent_id == task.c.id, child.c.state.not_in(complete))
         .correlate(task)
         .scalar_subquery()
     )
@@ -72,7 +80,13 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
             task.c.dependents != edges_out
         ),
         "I7 unmet is the number of open dependencies": sa.select(task.c.id).where(
-            unfinished, task.c.unmet != open_edges
+            unfinished, task.c.unmet != open_edges + sa.case((task.c.not_before.is_not(None), 1), else_=0)
+        ),
+        "I7 children_left is the number of open children": sa.select(task.c.id).where(
+            task.c.children_left != sa.case((task.c.children == Children.DETACH, 0), else_=open_children)
+        ),
+        "I7 a task waits for its children exactly while there are open ones": sa.select(task.c.id).where(
+            is_state(State.WAITING), task.c.children_left == 0
         ),
         "I7 a dependency is satisfied exactly if its upstream task ended so": sa.select(edge.c.downstream)
         .select_from(edge.join(upstream, upstream.c.id == edge.c.upstream).join(task, task.c.id == edge.c.downstream))

@@ -5,14 +5,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from aque.states import ACTIVE_STATES, COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
+from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Event, Reason, State, sources
 from aque.store.engine import closure, one_of, row_set, wall_clock
 from aque.store.statements.common import (
     ON_WORKER,
     Statement,
     in_states,
+    is_state,
 )
+from aque.store.statements.finishes import MOVED
 from aque.store.tables import edge, task, worker
+from aque.values import Children
 
 
 @cache
@@ -93,8 +96,36 @@ def cancel(dialect: str) -> Statement:
     return (
         sa.update(task)
         .where(one_of(dialect, task.c.id, "ids"), in_states(sources(Event.CANCEL) - {State.CLAIMED}))
-        .values(state=State.CANCELLED, reason=Reason.REQUEST, finished_at=wall_clock())
-        .returning(task.c.id, task.c.state, task.c.dependents)
+        .values(
+            state=State.CANCELLED, reason=Reason.REQUEST, not_before=None, expires_at=None, finished_at=wall_clock()
+        )
+        .returning(*MOVED)
+    )
+
+
+@cache
+def kill_waiting(dialect: str) -> Statement:
+    """End the tasks among `ids` whose own process has ended, and that wait for their children."""
+    return (
+        sa.update(task)
+        .where(one_of(dialect, task.c.id, "ids"), is_state(State.WAITING))
+        .values(state=State.KILLED, reason=Reason.REQUEST, finished_at=wall_clock())
+        .returning(*MOVED)
+    )
+
+
+@cache
+def descendants(dialect: str) -> Statement:
+    """The open children of these tasks (`ids`), theirs and so on, but for those of tasks that have detached them."""
+    parent = task.alias("parent")
+    attached = sa.exists().where(parent.c.id == task.c.parent_id, parent.c.children != Children.DETACH)
+    links = [(task.c.parent_id, task.c.id, attached)]
+    below = closure(dialect, _these(dialect), links).alias("below")
+    return (
+        sa.select(task.c.id)
+        .select_from(task.join(below, below.c.id == task.c.id))
+        .where(sa.not_(one_of(dialect, task.c.id, "ids")), sa.not_(in_states(COMPLETE_STATES)))
+        .order_by(task.c.id)
     )
 
 
@@ -108,7 +139,7 @@ def request_kill(dialect: str) -> Statement:
     keeps_grace = sa.and_(ends_already, sa.or_(grace.is_(None), task.c.kill_grace <= grace))
     return (
         sa.update(task)
-        .where(one_of(dialect, task.c.id, "ids"), in_states(ACTIVE_STATES))
+        .where(one_of(dialect, task.c.id, "ids"), in_states(ON_WORKER))
         .where(
             sa.or_(
                 sa.bindparam("wanted_signal").in_(sorted(ENDING_SIGNALS)),

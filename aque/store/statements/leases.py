@@ -12,6 +12,7 @@ from aque.store.statements.common import (
     in_states,
     is_state,
 )
+from aque.store.statements.finishes import MOVED
 from aque.store.tables import task, worker
 
 
@@ -135,10 +136,11 @@ def lose(dialect: str) -> Statement:
             state=rows.c.state,
             lost=task.c.lost + sa.case((ran, 1), else_=0),
             token=None,
+            blocked=False,
             kill_signal=None,
             kill_grace=None,
             reason=rows.c.reason,
             finished_at=sa.case((rows.c.state == State.READY, sa.null()), else_=wall_clock()),
         )
-        .returning(task.c.id, task.c.state, task.c.dependents, task.c.tokens)
+        .returning(*MOVED)
     )

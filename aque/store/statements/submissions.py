@@ -4,14 +4,18 @@ from functools import cache
 
 import sqlalchemy as sa
 
+from aque.states import COMPLETE_STATES
 from aque.store.engine import one_of, row_set, wall_clock
 from aque.store.statements.claims import ready_classes
 from aque.store.statements.common import (
     Statement,
+    in_states,
     insert_into,
+    is_not_being_ended,
     locked_in_order,
 )
 from aque.store.tables import environment, payload, requirement, sequence, task
+from aque.values import Children
 
 
 @cache
@@ -90,6 +94,27 @@ def add_dependents(dialect: str) -> Statement:
         .where(task.c.id == locked.c.id, rows.c.id == locked.c.id)
         .values(dependents=task.c.dependents + rows.c.n)
         .returning(task.c.id, task.c.state)
+    )
+
+
+@cache
+def add_children(dialect: str) -> Statement:
+    """Count `n` more children for each task in `rows` (id, n) that has not ended and is not being killed; their ids. The row
+    stays locked until the submission has committed: its worker finishes it before that, or with these children."""
+    rows = row_set(dialect, "rows", id=sa.BigInteger(), n=sa.Integer())
+    locked = locked_in_order(task.c.id.in_(sa.select(rows.c.id)))
+    return (
+        sa.update(task)
+        .where(
+            task.c.id == locked.c.id,
+            rows.c.id == locked.c.id,
+            sa.not_(in_states(COMPLETE_STATES)),
+            is_not_being_ended(),
+        )
+        .values(
+            children_left=task.c.children_left + sa.case((task.c.children == Children.DETACH, 0), else_=rows.c.n),
+        )
+        .returning(task.c.id)
     )
 
 

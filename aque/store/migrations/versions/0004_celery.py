@@ -17,7 +17,9 @@ def upgrade() -> None:
                 comment="counts as one of unmet until then; null: nothing to wait for (any more)",
             )
         )
-        table.add_column(sa.Column("expires_at", sa.Double(), comment="not started by then, it is cancelled"))
+        table.add_column(
+            sa.Column("expires_at", sa.Double(), comment="not started by then, it is cancelled; null once it has")
+        )
         for name, kind, value, comment in _NEW:
             table.add_column(sa.Column(name, kind, nullable=False, server_default=value, comment=comment))
     if op.get_bind().dialect.name == "postgresql":
@@ -29,7 +31,7 @@ def upgrade() -> None:
             table.alter_column("condition", comment="ok, any, failed or error")
     for name, column, which in (
         ("ix_aque_task_not_before", "not_before", "not_before IS NOT NULL"),
-        ("ix_aque_task_expires", "expires_at", "expires_at IS NOT NULL AND finished_at IS NULL"),
+        ("ix_aque_task_expires", "expires_at", "expires_at IS NOT NULL"),
     ):
         where = sa.text(which)
         op.create_index(name, "aque_task", [column], postgresql_where=where, sqlite_where=where)
