@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from aque.states import Reason, State
-from aque.store import Finished
+from aque.store import Finished, Killed, Released
 from aque.values import Outcome
 
 #: Ends that are held back; some never come into the table (of a lost lease), and are dropped after so many others.
@@ -56,6 +56,7 @@ class Announcer:
             self._held.clear()
             return
         repeated = set(finished.repeated)
+        self._eventer.send_about("task-waiting", finished.waiting)
         for outcome in outcomes:
             uuid, details = self._held.pop((outcome.id, outcome.token), (None, {}))
             for kind, fields in events(outcome, finished.ended.get(outcome.id), outcome.id in repeated, details):
@@ -63,20 +64,22 @@ class Announcer:
                     self._eventer.send_about(kind, [outcome.id], **fields)
                 else:
                     self._eventer.send(kind, uuid=uuid, **fields)
-        for task_id, state in finished.groups.items():
-            for kind, fields in group_events(state):
+        self.released(finished)
+
+    def released(self, released: Released) -> None:
+        """What ended, or became ready, because something else did or because it was time."""
+        for task_id, state in (released.groups | released.closed).items():
+            for kind, fields in events_without_process(state):
                 self._eventer.send_about(kind, [task_id], **fields)
-        self._eventer.send_about("task-ready", [task.id for task in finished.ready])
-        self.skipped(finished.skipped)
+        self._eventer.send_about("task-revoked", released.expired, **{**REVOKED, "expired": True})
+        self._eventer.send_about("task-ready", [task.id for task in released.ready])
+        self._eventer.send_about("task-skipped", released.skipped)
+        self._eventer.send_about("task-revoked", released.skipped, **REVOKED)
 
-    def skipped(self, ids: Sequence[int]) -> None:
-        """What these tasks waited for has made them impossible."""
-        self._eventer.send_about("task-skipped", ids)
-        self._eventer.send_about("task-revoked", ids, **REVOKED)
-
-    def withdrawn(self, ids: Sequence[int]) -> None:
-        """Somebody has killed these before they started."""
-        self._eventer.send_about("task-revoked", ids, **REVOKED)
+    def killed(self, killed: Killed) -> None:
+        """What a kill has ended at once; of what runs its worker tells."""
+        self._eventer.send_about("task-revoked", killed.cancelled, **REVOKED)
+        self.released(killed)
 
 
 #: Of a task that never ran: Celery's fields.
@@ -89,6 +92,8 @@ def events(outcome: Outcome, ended: State | None, is_repeated: bool, details: Ma
     Celery's own come last: whoever knows only these is left with the state that `AsyncResult` shows.
     """
     error = {"exception": details.get("exception", ""), "traceback": details.get("traceback", "")}
+    if outcome.replacement is not None:  # the row goes on as another task: nothing has ended
+        return []
     if is_repeated and (outcome.state is State.READY or outcome.host_failure is not None):
         return [("task-rejected", {"requeue": True})]  # no fault of the task's: it did not fail
     if is_repeated:
@@ -108,10 +113,10 @@ def events(outcome: Outcome, ended: State | None, is_repeated: bool, details: Ma
     return [("task-revoked", {**REVOKED, "expired": outcome.reason is Reason.EXPIRED})]
 
 
-def group_events(state: State) -> list[Event]:
-    """The events of a job that has ended with its last member."""
+def events_without_process(state: State) -> list[Event]:
+    """The events of a job that has ended with its last member, or of a task with its last child."""
     if state is State.SUCCESS:
         return [("task-succeeded", {"result": "None", "runtime": 0.0})]
     if state is State.ERROR:
-        return [("task-failed", {"exception": "a member failed", "traceback": ""})]
+        return [("task-failed", {"exception": "a member or child failed", "traceback": ""})]
     return [("task-revoked", dict(REVOKED))]

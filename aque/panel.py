@@ -78,8 +78,7 @@ def _kill(aque: AqueWorker, ids: Iterable[int], terminate: bool, signal: Any) ->
     except UnknownTask as error:  # removed a moment ago
         logger.warning("revoke: %s", error)
         return
-    aque.announcer.withdrawn(killed.cancelled)
-    aque.announcer.skipped(killed.skipped)
+    aque.announcer.killed(killed)
 
 
 @_instead_of("terminate")
@@ -207,10 +206,11 @@ def _rate_limit(state: Any, task_name: Any, rate_limit: Any, **options: Any) -> 
 def _time_limit(state: Any, task_name: Any = None, hard: Any = None, soft: Any = None, **options: Any) -> Any:
     """For attempts that start from now on; a task that was submitted with limits of its own keeps them. A task of the table
     need not be registered with the worker's app: its module may be one that only the pool's children import."""
+    aque = _aque(state)
+    if aque is not None and any(limit is not None and not float(limit) > 0 for limit in (soft, hard)):
+        return {"error": f"time limits are more than 0 seconds, not soft={soft} hard={hard}: nothing was changed"}
     answer = _celery["time_limit"](state, task_name, hard, soft, **options)
-    if (aque := _aque(state)) is not None:
-        if any(limit is not None and not float(limit) > 0 for limit in (soft, hard)):
-            return {"error": f"time limits are more than 0 seconds, not soft={soft} hard={hard}: nothing was changed"}
+    if aque is not None:
         aque.runner.time_limits[str(task_name)] = (
             None if soft is None else float(soft),
             None if hard is None else float(hard),
