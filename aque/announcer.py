@@ -82,8 +82,9 @@ class Announcer:
         self.released(killed)
 
 
-#: Of a task that never ran: Celery's fields.
-REVOKED = {"terminated": False, "signum": None, "expired": False}
+#: Of a task that never ran: Celery's fields. To Celery's monitors a state that they do not know, such as that of `task-killed`,
+#: goes before REVOKED whatever comes last, unless the event names the state itself.
+REVOKED = {"terminated": False, "signum": None, "expired": False, "state": "REVOKED"}
 
 
 def events(outcome: Outcome, ended: State | None, is_repeated: bool, details: Mapping[str, Any]) -> list[Event]:
@@ -104,7 +105,7 @@ def events(outcome: Outcome, ended: State | None, is_repeated: bool, details: Ma
         return [("task-failed", error)]
     if ended is State.KILLED:
         signum = details.get("signum")
-        killed = {"terminated": True, "signum": signum, "expired": False}
+        killed = {**REVOKED, "terminated": True, "signum": signum}
         return [("task-killed", {"signum": signum}), ("task-revoked", killed)]
     if ended is not State.CANCELLED or outcome.reason is Reason.IGNORED:
         return []
