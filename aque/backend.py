@@ -16,6 +16,7 @@ from aque.states import CELERY_STATE, COMPLETE_STATES, State
 from aque.store import StoredResult
 from aque.values import Pattern
 from aque.waiter import Waiter
+from aque.within import giving_way
 
 _waiters = threading.local()
 
@@ -84,7 +85,7 @@ class Backend(CeleryBackend):
     ) -> Any:
         """Block until the task of `result` is complete; raises Celery's TimeoutError, UnknownTask, or what the task did."""
         self._ensure_not_eager()
-        for _ in self._waiter(farm_of(self.app).store).looks(timeout):
+        for _ in giving_way(self._waiter(farm_of(self.app).store).looks(timeout)):
             if on_interval is not None:
                 on_interval()
             meta = self._metas([result.id]).get(result.id)
@@ -122,7 +123,7 @@ class Backend(CeleryBackend):
             raise UnknownTask(unknown, "They cannot be waited for.")
         by_id = {task_id: celery_id for celery_id, task_id in ids.items()}
         left = set(by_id)
-        for done in self._waiter(store).wait(by_id, timeout):
+        for done in giving_way(self._waiter(store).wait(by_id, timeout)):
             if on_interval is not None:
                 on_interval()
             if done:

@@ -10,7 +10,7 @@ from typing import Any
 from celery import Task as CeleryTask
 from celery.local import Proxy
 
-from aque import codec
+from aque import codec, within
 from aque.backend import Backend
 from aque.errors import BadInput, NotSubmittable
 from aque.graphs import open_graph, submit_or_add
@@ -77,9 +77,8 @@ class Task(CeleryTask):
         handle.number = new
         return handle
 
-    def retry(self, *args: Any, exc: Exception | None = None, **options: Any) -> Any:
-        """Ends the attempt with `exc`: an attempt is repeated as often as `max_attempts` says, without being asked."""
-        raise exc or BadInput("self.retry() is not supported yet: give the task max_attempts, and raise an exception.")
+    retry = within.retry
+    update_state = within.update_state
 
     @cached_property
     def _function(self) -> str:

@@ -3,6 +3,7 @@
 Only plain bytes and texts go back to the worker: it never unpickles or imports what a task made.
 """
 
+import difflib
 import importlib
 import os
 import resource
@@ -15,16 +16,22 @@ from typing import Any
 
 from celery import Celery, Task, current_app
 from celery.app.trace import build_tracer
+from celery.exceptions import Ignore, Reject
 from celery.local import Proxy
+from celery.result import allow_join_result
 
 from aque import codec, contain
 from aque.states import Reason
+from aque.within import Again, Replaced, adopt
 
-#: (True, encoded result or None, its repr for events, seconds), or (False, reason, encoded error, seconds).
-Answer = tuple[bool, Any, Any, float]
+#: How it ended, then what of it, then seconds:
+#: "success", (encoded result or None, its repr for events); "error", (reason, encoded error);
+#: "again", (seconds, encoded arguments or None, counts, encoded error); "withdrawn", (reason, text);
+#: "replaced", (the fields of a `values.Replacement`, its dependencies as pairs).
+Answer = tuple[str, Any, float]
 #: The fields of `values.Usage`; None in a pool of threads, which share one process.
 Used = tuple[float, int, int, int] | None
-ChildResult = tuple[bool, Any, Any, float, Used]
+ChildResult = tuple[str, Any, float, Used]
 
 _loaded: dict[str, Task] = {}
 
@@ -34,9 +41,32 @@ class CannotImport(Exception):
 
 
 def load(function: str, app: Celery) -> Task:
-    """The Celery task behind "module:qualname"; a plain function becomes one. Raises CannotImport."""
+    """The Celery task behind "module:qualname", where a plain function becomes one, or "@name", as which the app knows it.
+    Raises CannotImport."""
     if (found := _loaded.get(function)) is not None:
         return found
+    if function.startswith("@"):
+        target = _registered(function[1:], app)
+    else:
+        target = _imported(function, app)
+    if target.__trace__ is None:
+        target.__trace__ = build_tracer(target.name, target, app.loader, app=app)
+    adopt(target)
+    _loaded[function] = target
+    return target
+
+
+def _registered(name: str, app: Celery) -> Task:
+    app.finalize(auto=True)
+    app.loader.import_default_modules()
+    if (found := app.tasks.get(name)) is not None:
+        return found
+    near = difflib.get_close_matches(name, app.tasks.keys(), 3)
+    hint = f": did it mean {', '.join(near)}?" if near else ", which has no task of a like name"
+    raise CannotImport(f"there is no task {name} in the worker's app{hint}")
+
+
+def _imported(function: str, app: Celery) -> Task:
     module_name, _, qualname = function.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
@@ -48,12 +78,9 @@ def load(function: str, app: Celery) -> Task:
         target = target._get_current_object()
     if not callable(target):
         raise CannotImport(f"cannot load {function}: it is no function but a {type(target).__name__}")
-    if not isinstance(target, Task):
-        target = app._task_from_fun(_plain(target), name=function.replace(":", "."), ignore_result=True)
-    if target.__trace__ is None:
-        target.__trace__ = build_tracer(target.name, target, app.loader, app=app)
-    _loaded[function] = target
-    return target
+    if isinstance(target, Task):
+        return target
+    return app._task_from_fun(_plain(target), name=function.replace(":", "."), ignore_result=True)
 
 
 def _plain(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,30 +166,63 @@ def _run(
         task = load(function, current_app._get_current_object())
     except CannotImport as error:
         text = f"{error}. The worker imports from its own path only; the submitter's was {':'.join(import_path)}"
-        return False, str(Reason.CANNOT_IMPORT), codec.encode_error("ImportError", text), monotonic() - began
+        return _error(Reason.CANNOT_IMPORT, codec.encode_error("ImportError", text), monotonic() - began)
     try:
         args, kwargs = codec.decode_arguments(arguments, results)
     except Exception as error:
         encoded = codec.encode_error(type(error).__name__, f"cannot decode the arguments: {error}")
-        return False, str(Reason.EXCEPTION), encoded, monotonic() - began
-    request.update(args=args, kwargs=kwargs, is_eager=False)
+        return _error(Reason.EXCEPTION, encoded, monotonic() - began)
+    asks: list[Again] = []
+    request.update(args=args, kwargs=kwargs, is_eager=False, aque_asks=asks)
     try:
-        value, info, _, shown = task.__trace__(uuid, args, kwargs, request)
+        with allow_join_result():  # who waits in a task holds no place: see `within.waiting`
+            value, info, _, shown = task.__trace__(uuid, args, kwargs, request)
     except SystemExit as error:  # the task's own doing: the child, which others need, goes on
         if isinstance(error.code, int) and -256 < error.code < 0:
             raise  # a signal's doing: billiard's handler exits with -(256 - signal)
         exited = codec.encode_error("builtins.SystemExit", str(error.code), traceback.format_exc())
-        return False, str(Reason.EXCEPTION), exited, monotonic() - began
+        return _error(Reason.EXCEPTION, exited, monotonic() - began)
     seconds = monotonic() - began
     if info is not None:
-        raised = info.retval
-        trace = getattr(value, "traceback", None) or "".join(traceback.format_exception(raised))
-        kind = f"{type(raised).__module__}.{type(raised).__qualname__}"
-        return False, str(Reason.EXCEPTION), codec.encode_error(kind, _text(raised), str(trace)), seconds
+        return _not_succeeded(info, value, seconds)
+    if asks:  # self.retry(throw=False), and it went on
+        return _again(asks[-1], "", seconds)
     try:
-        return True, codec.encode_result(value, result_limit_bytes), shown, seconds
+        keeps = not request["aque_ignores"]
+        return "success", (codec.encode_result(value, result_limit_bytes) if keeps else None, shown), seconds
     except ValueError as error:
-        return False, str(Reason.NOT_STORABLE), codec.encode_error("ValueError", str(error)), seconds
+        return _error(Reason.NOT_STORABLE, codec.encode_error("ValueError", str(error)), seconds)
+
+
+def _not_succeeded(info: Any, value: Any, seconds: float) -> Answer:
+    """What Celery's tracer says of a task that has raised something."""
+    raised = info.retval
+    trace = str(getattr(value, "traceback", None) or "".join(traceback.format_exception(raised)))
+    if isinstance(raised, Replaced):
+        new = raised.replacement
+        pairs = [(d.upstream, str(d.condition)) for d in new.dependencies]
+        return "replaced", (new.name, new.function, new.arguments, new.inputs, pairs, new.class_id), seconds
+    if isinstance(raised, Again):
+        return _again(raised, trace, seconds)
+    if isinstance(raised, Reject) and raised.requeue:
+        return "again", (0.0, None, False, codec.encode_error("", "rejected and requeued", trace)), seconds
+    if isinstance(raised, Reject):
+        return "withdrawn", (str(Reason.REJECTED), _text(raised)), seconds
+    if isinstance(raised, Ignore):
+        return "withdrawn", (str(Reason.IGNORED), _text(raised)), seconds
+    kind = f"{type(raised).__module__}.{type(raised).__qualname__}"
+    return _error(Reason.EXCEPTION, codec.encode_error(kind, _text(raised), trace), seconds)
+
+
+def _again(again: Again, trace: str, seconds: float) -> Answer:
+    raised = again.exc if isinstance(again.exc, BaseException) else None
+    kind = "" if raised is None else f"{type(raised).__module__}.{type(raised).__qualname__}"
+    error = codec.encode_error(kind, _text(raised or again), trace)
+    return "again", (again.after_seconds, again.arguments, True, error), seconds
+
+
+def _error(reason: Reason, error: bytes, seconds: float) -> Answer:
+    return "error", (str(reason), error), seconds
 
 
 def _text(error: BaseException) -> str:

@@ -113,6 +113,14 @@ def encode_error(kind: str, message: str, traceback: str = "") -> bytes:
     return json.dumps(fields).encode()
 
 
+def jsonable(value: Any) -> Any:
+    """The same as plain JSON has it; a text where it cannot."""
+    try:
+        return json.loads(kombu_json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        return {"unreadable": f"{type(value).__name__}: {error}"}
+
+
 def decode_error(text: bytes | None) -> dict[str, str]:
     """The fields that `encode_error` wrote; empty texts where there are none."""
     found = json.loads(text) if text else {}
@@ -124,6 +132,14 @@ def decode_result(text: bytes | None) -> Any:
     return None if text is None else kombu_json.loads(text)
 
 
+#: Why a task was cancelled that nobody has withdrawn.
+_WITHDRAWN = {
+    Reason.EXPIRED: "was not started in time.",
+    Reason.IGNORED: "said that nothing is to come of it.",
+    Reason.REJECTED: "was rejected by its own code.",
+}
+
+
 def exception(stored: StoredResult) -> Exception:
     """What `.get()` raises for a task that did not succeed: the exception that it raised, if that class is loaded here
     and can be made from its text, else a TaskError with the id, the reason and the text."""
@@ -132,12 +148,16 @@ def exception(stored: StoredResult) -> Exception:
     details = (stored.id, None if stored.reason is None else str(stored.reason))
     if stored.state is State.SKIPPED:
         return TaskSkipped(f"{what} was skipped: a dependency made it impossible.", *details)
+    if stored.state is State.CANCELLED and stored.reason in _WITHDRAWN:
+        return TaskCancelled(f"{what} {_WITHDRAWN[stored.reason]} {fields['message']}".strip(), *details)
     if stored.state is State.CANCELLED:
         return TaskCancelled(f"{what} was cancelled before it ran.", *details)
     if stored.state is State.KILLED:
         return TaskKilled(f"{what} was killed by signal {stored.signal}.", *details)
     if stored.reason is Reason.WORKER_LOST:
         return TaskLost(f"{what} was given up: the workers that ran it died. {fields['message']}".strip(), *details)
+    if stored.reason is Reason.CHILD:
+        return RemoteError(f"{what} has succeeded itself; tasks that it has submitted have not.", *details)
     if stored.reason is Reason.EXIT and stored.pattern is Pattern.SHELL:
         return CommandFailed(f"{what} exited with status {stored.exit_code}.", *details)
     if stored.reason is Reason.SIGNAL and stored.pattern is Pattern.SHELL:

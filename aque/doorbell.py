@@ -23,6 +23,8 @@ from aque.store.engine import Connection, DatabaseError, Engine
 
 #: Rung by the task store: something is ready to be claimed; somebody asked for a kill; a task has its outcome.
 READY, KILL, DONE = "ready", "kill", "done"
+#: Something has been submitted that waits for a time.
+TIME = "time"
 
 
 class Doorbell:

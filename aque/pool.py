@@ -7,6 +7,7 @@ semaphore, and nobody could ever take a task again. A record lock is released by
 
 import fcntl
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,9 @@ class _Child(Worker):
         return receive_or_end
 
 
+_maintaining = threading.Lock()
+
+
 class _Pool(Pool):
     Worker = _Child
 
@@ -67,11 +71,17 @@ class _Pool(Pool):
         self._inqueue._rlock = ProcessLock()
         self._outqueue._wlock = ProcessLock()
 
+    def _maintain_pool(self) -> None:
+        with _maintaining:  # the pool's own thread does it now and then
+            super()._maintain_pool()
+
 
 class TaskPool(prefork.TaskPool):
     """Celery's prefork pool of such children, on such locks."""
 
     BlockingPool: Any = _Pool
+    #: So many children have a function that waits for other tasks: as many more are there in their place.
+    lent = 0
     _leaving = 0  #: children that are to end as soon as one has nothing to do
 
     def on_start(self) -> None:
@@ -105,13 +115,28 @@ class TaskPool(prefork.TaskPool):
     def _remove_one(self) -> None:
         self._leaving -= 1
         self.limit -= 1
+        self._end_one()
+
+    def _end_one(self) -> None:
+        """One child ends as soon as it has nothing to do: whichever takes this message."""
         self._pool._processes -= 1
-        self._pool._taskqueue.put(([None], None))  # whichever child takes it ends
+        self._pool._taskqueue.put(([None], None))
 
     @property
     def num_processes(self) -> int:
-        """Children, without those that are about to end."""
-        return int(self._pool._processes) - self._leaving
+        """Children, without those that are about to end and those that are lent."""
+        return int(self._pool._processes) - self._leaving - self.lent
+
+    def lend(self) -> None:
+        """The function of a child waits for other tasks: there is another child in its place when this returns."""
+        self.lent += 1
+        self._pool.grow(1)
+        self._pool.maintain_pool()
+
+    def take_back(self) -> None:
+        """It waits no longer: one child too many ends."""
+        self.lent -= 1
+        self._end_one()
 
     def tell_children(self, *listeners: Callable[[int], None]) -> None:
         """Call the listeners with the pid of each child that there is and will be."""

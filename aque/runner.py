@@ -31,7 +31,8 @@ from aque.commands import Running as RunningCommand
 from aque.resources import Capacity, format_cpus
 from aque.settings import Settings
 from aque.states import Reason, State
-from aque.values import ClaimedTask, HostFailure, Outcome, Pattern, Usage
+from aque.taskserver import TaskServer
+from aque.values import Again, ClaimedTask, Condition, Dependency, HostFailure, Outcome, Pattern, Replacement, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +86,14 @@ class _Row:
         )
         uuid = task.celery_id or str(task.id)
         self.headers = {
+            **(task.extra.get("headers") or {}),
             "id": uuid,
             "task": task.name,
-            "ignore_result": True,
+            "ignore_result": True,  # the child must not touch any backend; see `start_function` for the task's wish
             "lang": "py",
-            "retries": task.attempt - 1,
+            "retries": task.failed,
+            "stamps": task.extra.get("stamps") or {},
+            "stamped_headers": task.extra.get("stamped_headers") or [],
             "argsrepr": saferepr(self.payload[0], SHOWN) if shows_arguments else HIDDEN,
             "kwargsrepr": saferepr(self.payload[1], SHOWN) if shows_arguments else HIDDEN,
             "root_id": str(task.job_id),
@@ -132,6 +136,7 @@ class Attempt:
     def __init__(self, runner: "Runner", task: ClaimedTask) -> None:
         self.task = task
         self.assigned = NOTHING
+        self.address = ""  #: by which it reaches this worker, see `taskserver`
         self.killed: int | None = None
         self._runner = runner
         self._began = time.monotonic()
@@ -328,7 +333,7 @@ class Attempt:
             args=(
                 task.function,
                 self.request.id,
-                self.request.request_dict,
+                self._request_dict(),
                 task.arguments,
                 dict(task.results),
                 variables,
@@ -342,6 +347,17 @@ class Attempt:
             error_callback=self._on_pool_error,
             correlation_id=self.request.id,
         )
+
+    def _request_dict(self) -> dict[str, Any]:
+        """What the function sees as `self.request`."""
+        task = self.task
+        return {
+            **self.request.request_dict,
+            "aque_id": task.id,
+            "aque_attempt": task.attempt,
+            "aque_ignores": bool(task.extra.get("ignore_result")) and not task.dependents,
+            "aque_worker": self.address,
+        }
 
     def _on_accepted(self, pid: int, accepted: float) -> None:
         self.request.on_accepted(pid, accepted)
@@ -396,14 +412,27 @@ class Attempt:
             self._end_child(pid)
 
     def _on_result(self, result: child.ChildResult) -> None:
-        succeeded, first, second, seconds, used = result
+        how, what, seconds, used = result
         self._usage = None if used is None else Usage(*used)
         if self._timed_out:  # it caught the signal, and went on
             self._end(State.ERROR, Reason.TIME_LIMIT, error=self._time_limit_error(), seconds=seconds)
-        elif succeeded:
-            self._end(State.SUCCESS, value=first, shown=second, seconds=seconds)
+        elif how == "success":
+            self._end(State.SUCCESS, value=what[0], shown=what[1], seconds=seconds)
+        elif how == "again":
+            after_seconds, arguments, counts, error = what
+            again = Again(after_seconds, arguments, counts)
+            self._end(State.ERROR, Reason.EXCEPTION, error=error, seconds=seconds, again=again)
+        elif how == "withdrawn":
+            reason, text = what
+            self._end(State.CANCELLED, Reason(reason), error=codec.encode_error("", text), seconds=seconds)
+        elif how == "replaced":
+            name, function, arguments, inputs, pairs, class_id = what
+            edges = tuple(Dependency(upstream, Condition(condition)) for upstream, condition in pairs)
+            new = Replacement(name, function, arguments, tuple(inputs), edges, class_id)
+            self._end(State.PENDING, seconds=seconds, replacement=new)
         else:
-            self._end(State.ERROR, Reason(first), error=second, seconds=seconds)
+            reason, error = what
+            self._end(State.ERROR, Reason(reason), error=error, seconds=seconds)
 
     def _time_limit_error(self) -> bytes:
         return _error(TimeLimitExceeded(self.task.time_limit_seconds))
@@ -459,6 +488,8 @@ class Attempt:
         seconds: float | None = None,
         cut: bool = False,
         host_failure: HostFailure | None = None,
+        again: Again | None = None,
+        replacement: Replacement | None = None,
     ) -> None:
         with self._ending:
             if self._over:
@@ -485,9 +516,12 @@ class Attempt:
             now,
             self._usage,
             host_failure,
+            again,
+            replacement,
         )
         # Before its reservation ends: the next one may need them.
         self._runner.assignments.release((task.id, task.attempt))
+        self._runner.line.close(task)
         if self._runner.announcer.is_wanted:
             self._runner.announcer.hold((task.id, task.token), self.request.id, self._details(error, shown))
         self._runner.listener.finished(outcome)
@@ -518,6 +552,7 @@ class Runner:
         listener: Listener,
         end_strangers: Callable[[], None],
         assignments: Assignments,
+        line: TaskServer,
     ) -> None:
         self.app = app
         self.hostname = hostname
@@ -533,6 +568,7 @@ class Runner:
         self.rlimits = machine.parse_rlimits(settings.rlimits)
         self.end_strangers = end_strangers
         self.assignments = assignments
+        self.line = line
         #: A moment of `processes.lease_clock`: so long the table holds this worker's tasks for it.
         self.lease_until = 0.0
         #: What must not outlive the lease.
@@ -565,12 +601,13 @@ class Runner:
                     kwargs=request.kwargsrepr,
                     root_id=request.root_id,
                     parent_id=request.parent_id,
-                    retries=task.attempt - 1,
+                    retries=task.failed,
                     eta=None,
                     expires=None,
                 )
             attempt.assigned = self.assignments.take((task.id, task.attempt), need)
-            variables = self._variables(task, need, attempt.assigned)
+            attempt.address = self.line.open(task)
+            variables = self._variables(task, need, attempt.assigned) | {"AQUE_WORKER": attempt.address}
             if why := identity.refusal(task, self.place, self.settings):
                 attempt.refuse(why)
             elif runs_in_pool(task, self.place):

@@ -80,6 +80,7 @@ class Entry:
     kill_signal: int | None = None  #: it is being killed with this
     kill_grace: float = 0.0  #: then: the grace that it was told, in seconds
     kill_at: float = 0.0  #: then: when SIGKILL is due
+    lent: Capacity | None = None  #: of `need`, what is free while it waits for other tasks
 
 
 @dataclass(slots=True)
@@ -90,11 +91,16 @@ class Batch:
     started: list[tuple[int, int, float]] = field(default_factory=list)  #: id, token, when (monotonic)
     output: list[tuple[int, int, int, int, bytes]] = field(default_factory=list)  #: task, attempt, fd, offset, data
     delivered: list[Kill] = field(default_factory=list)
+    blocked: dict[tuple[int, int], bool] = field(default_factory=dict)  #: (id, token): it waits for others, or goes on
+    told: dict[tuple[int, int], tuple[str, bytes]] = field(
+        default_factory=dict
+    )  #: (id, token): what it tells of itself
     returned: list[tuple[int, int]] = field(default_factory=list)  #: id, token: to be given back
     lone: set[int] = field(default_factory=set)  #: of the outcomes' tasks, those without dependents at the claim
 
     def __bool__(self) -> bool:
-        return bool(self.outcomes or self.started or self.output or self.delivered or self.returned)
+        more = self.delivered or self.returned or self.blocked or self.told
+        return bool(self.outcomes or self.started or self.output or more)
 
     def put_back(self, older: "Batch") -> None:
         """What could not be written goes before what has come since."""
@@ -102,12 +108,14 @@ class Batch:
         self.started = older.started + self.started
         self.output = older.output + self.output
         self.delivered = older.delivered + self.delivered
+        self.blocked = older.blocked | self.blocked
+        self.told = older.told | self.told
         self.returned = older.returned + self.returned
         self.lone |= older.lone
 
     def is_lone_success(self) -> bool:
         """True if all there is to write is that one task, for which nothing waited, has succeeded."""
-        more = self.started or self.output or self.delivered or self.returned
+        more = self.started or self.output or self.delivered or self.returned or self.blocked or self.told
         if more or len(self.outcomes) != 1:
             return False
         return self.outcomes[0].state is State.SUCCESS and self.outcomes[0].id in self.lone
@@ -157,6 +165,8 @@ class Scheduler:
         self._claim_ahead = True  #: something has finished since the buffer was given back
         self._looked_at = 0.0
         self._polled_at = 0.0
+        self._look_times = True  #: something may be due, or expire
+        self._times_at: float | None = None  #: when it will (monotonic)
         self._look_at: float | None = None  #: something that waits for a time is due then (monotonic)
         self._batch = Batch()
         self._writing = Batch()  #: taken from `_batch`, and not known to be in the table yet
@@ -211,7 +221,8 @@ class Scheduler:
                 self.run_times.add(entry.task.name, outcome.ran_seconds, entry.task.io_bytes)
                 self._backoff.succeeded(entry.task.class_id, entry.task.job_id)
             self._look_ready = self._look_ready or self._waiting
-        self._ledger.release(entry.need)
+            held = entry.need if entry.lent is None else entry.need - entry.lent
+        self._ledger.release(held)
         self._start_buffered()
         self._wake()
 
@@ -228,6 +239,50 @@ class Scheduler:
         with self._output_written:
             if self._output_bytes > OUTPUT_LIMIT_BYTES:
                 self._output_written.wait(1.0)
+
+    # -- a task that waits for others -----------------------------------------------------------------------------------
+
+    def block(self, task: ClaimedTask) -> bool:
+        """The task waits for others: what it lends is free. False: it runs here no more."""
+        with self._lock:
+            entry = self._running.get(task.id)
+            if entry is None or entry.task.token != task.token or entry.lent is not None:
+                return False
+            entry.lent = lent = Capacity(entry.need.cpus, 0, entry.need.python_slots)
+            self._batch.blocked[task.id, task.token] = True
+            self._look_ready = self._claim_ahead = True
+        self._ledger.release(lent)
+        self._wake()
+        return True
+
+    def unblock(self, task: ClaimedTask, granted: Callable[[], None]) -> None:
+        """The task would go on: `granted` is called when what it has lent is its own again, before others get any."""
+        with self._lock:
+            entry = self._running.get(task.id)
+            lent = entry.lent if entry is not None and entry.task.token == task.token else None
+        if entry is None or lent is None:
+            granted()
+            return
+
+        def go_on() -> None:
+            with self._lock:
+                runs = self._running.get(task.id) is entry
+                if runs:
+                    entry.lent = None
+                    self._batch.blocked[task.id, task.token] = False
+            if runs:
+                self._wake()
+            else:  # it was killed meanwhile
+                self._ledger.release(lent)
+            granted()
+
+        self._ledger.in_turn(lent, go_on)
+
+    def told(self, task: ClaimedTask, state: str, meta: bytes) -> None:
+        """The task tells of itself."""
+        with self._lock:
+            self._batch.told[task.id, task.token] = (state, meta)
+        self._wake()
 
     def serve(self, queues: Iterable[str]) -> None:
         """Claim from these queues from now on."""
@@ -431,6 +486,8 @@ class Scheduler:
                 due.append(self._buffered_at + BUFFER_SECONDS - now)
             if self._look_at is not None:
                 due.append(self._look_at - now)
+            if self._times_at is not None:
+                due.append(self._times_at - now)
             if (change := self._backoff.next_change(now)) is not None:
                 due.append(change - now)
         assert self._bell is not None
@@ -444,6 +501,12 @@ class Scheduler:
         polled = now - self._polled_at >= self._settings.poll_seconds * 0.8
         if polled:  # however busy this thread is: a ring that was lost concerns a busy worker too
             self._polled_at = now
+        self._look_times = (
+            self._look_times
+            or polled
+            or doorbell.TIME in rung
+            or (self._times_at is not None and now >= self._times_at)
+        )
         if self._look_at is not None and now >= self._look_at:
             self._look_at, self._look_ready = None, True
         self._look_ready = self._look_ready or doorbell.READY in rung or polled
@@ -460,6 +523,8 @@ class Scheduler:
             self._obey_drain(orders.draining)
             self._carry_out_kills(orders.kills)
         self._escalate_kills()
+        if self._look_times:
+            self._advance(connection)
         if self._is_urgent():
             self._draining = True
             self._abandon(self._left())
@@ -479,6 +544,18 @@ class Scheduler:
             self._wake()
         if self._until is not None:
             self._check_end(connection, picked)
+
+    def _advance(self, connection: Any) -> None:
+        """Release what has waited for its time, cancel what was not started in time; know when the next is due."""
+        self._look_times = False
+        seconds = self._store.next_time(connection)
+        if seconds == 0:
+            with transaction(connection):
+                released = self._store.advance(connection)
+            doorbell.ring(connection, {doorbell.READY, doorbell.DONE} if released.expired else {doorbell.READY})
+            self._look_ready = True
+            seconds = self._store.next_time(connection)
+        self._times_at = None if seconds is None else time.monotonic() + seconds
 
     def _look(self, connection: Any) -> claimer.Picked:
         """Choose, and reserve for what was chosen; nothing if there is no reason to look."""
@@ -515,9 +592,10 @@ class Scheduler:
             other = self._ledger.whole - self._ledger.free
         busy = []
         for entry in entries:
-            other = other - entry.need
+            other = other - (entry.need if entry.lent is None else entry.need - entry.lent)
             expected = entry.task.duration or self._seconds(entry.task.name) or 0.0
-            busy.append(Busy(entry.need, expected_end(now - (ran - entry.began), expected, now)))
+            need = entry.need if entry.lent is None else entry.need - entry.lent
+            busy.append(Busy(need, expected_end(now - (ran - entry.began), expected, now)))
         return [*busy, Busy(other)]
 
     def _reserve(self, tasks: list[ReadyTask]) -> list[ReadyTask]:
@@ -544,6 +622,7 @@ class Scheduler:
             self._output_since = self._output_since if later else None
             self._output_written.notify_all()
             batch.started = [start for start in batch.started if start[0] not in ended]
+            batch.blocked = {claim: waits for claim, waits in batch.blocked.items() if claim[0] not in ended}
         return batch
 
     def _write(self, connection: Any, batch: Batch, picked: claimer.Picked, free: Capacity) -> None:
@@ -559,6 +638,8 @@ class Scheduler:
                 self._store.append_output(connection, batch.output)
                 self._store.start(connection, batch.started)
                 self._store.signal_delivered(connection, batch.delivered)
+                self._store.set_blocked(connection, batch.blocked)
+                self._store.tell(connection, batch.told)
                 returned = self._store.give_back(connection, batch.returned)
                 finished = finisher.finish(
                     self._store,
@@ -622,6 +703,11 @@ class Scheduler:
         rings = set()
         if finished.ended or finished.skipped or finished.groups:
             rings.add(doorbell.DONE)
+        if finished.signalled:
+            rings.add(doorbell.KILL)
+        if finished.repeated:
+            self._look_times = True
+            self._wake()
         if returned or finished.repeated or finished.freed or any(task.id not in got for task in finished.ready):
             rings.add(doorbell.READY)
             self._look_ready = True
@@ -852,7 +938,7 @@ class Scheduler:
             with self._store.connect():
                 pass  # raises StoreUnreachable with a sentence
             self._connection = self._store.engine.connect()
-            self._bell = doorbell.Doorbell(self._store.engine, [doorbell.READY, doorbell.KILL])
+            self._bell = doorbell.Doorbell(self._store.engine, [doorbell.READY, doorbell.KILL, doorbell.TIME])
             self._look_ready = self._look_kills = True
 
     def _disconnect(self) -> None:

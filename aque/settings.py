@@ -85,6 +85,9 @@ class Settings:
     lease_seconds: float = _setting(30.0, "s", "a worker that has not renewed for this long may lose its tasks", 0.2)
     poll_seconds: float = _setting(1.0, "s", "an idle worker looks this often even if no doorbell rings", 0.01)
     kill_grace_seconds: float = _setting(5.0, "s", "between the first signal of a kill and SIGKILL", 0.0)
+    most_blocked: int = _setting(
+        100, "tasks", "so many functions of a worker may wait for other tasks at once, each in a process of its own", 0
+    )
     drain_seconds: float = _setting(
         60.0, "s", "how long a stopping worker waits for what it runs before it gives it back", 0.0
     )

@@ -32,6 +32,7 @@ _OWN_VARIABLES = (
     b"AQUE_CPUS",
     b"AQUE_PARENT_ID",
     b"AQUE_BROKER",
+    b"AQUE_WORKER",
     b"AQUE_THREAD_VARIABLES",
     b"_",
 )
@@ -193,6 +194,8 @@ class Submitter:
             rung.add(doorbell.READY)
         if any(state in COMPLETE_STATES for state in states.values()):
             rung.add(doorbell.DONE)
+        if any(spec.not_before is not None or spec.expires_at is not None for spec in specs):
+            rung.add(doorbell.TIME)
         if rung:
             with self.store.connect() as connection:
                 doorbell.ring(connection, rung)

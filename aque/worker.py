@@ -15,7 +15,7 @@ from celery.worker import state as celery_state
 from aque import machine, reload, restart
 from aque.announcer import Announcer
 from aque.assignments import Assignments
-from aque.chooser import Place
+from aque.chooser import Place, runs_in_pool
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
@@ -30,7 +30,8 @@ from aque.scheduler import Scheduler
 from aque.settings import Settings
 from aque.signals import WorkerSignals
 from aque.store import DatabaseError, Store
-from aque.values import ClaimedTask, WorkerInfo
+from aque.taskserver import TaskServer
+from aque.values import ClaimedTask, Outcome, WorkerInfo
 from aque.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ class AqueWorker:
             self.switches_user,
             tags=frozenset(self.tags),
         )
+        self._pool = worker.pool
+        self._lent: set[tuple[int, int]] = set()
+        self.line = TaskServer(self)
         if isinstance(worker.pool, TaskPool):
             worker.pool.follow(self._grown, self._when_slot_is_free)
         if strangers is not None:
@@ -104,6 +108,7 @@ class AqueWorker:
             self,
             (lambda: None) if strangers is None else strangers.end,
             Assignments(os.sched_getaffinity(0) if settings.pin else (), parse_indices(settings.resources)),
+            self.line,
         )
         self.scheduler = Scheduler(
             store,
@@ -124,7 +129,6 @@ class AqueWorker:
             self.reloader = reload.Watch(
                 restart.began, lambda: dict(self.runner.modules), lambda: os.kill(os.getpid(), signal.SIGHUP)
             )
-        self.finished = self.scheduler.finished
         self.wrote = self.scheduler.wrote
 
     def start(self, handed_over: dict[str, Any] | None) -> None:
@@ -141,6 +145,7 @@ class AqueWorker:
             (lambda: None) if self.strangers is None else self.strangers.look,
         )
         self.eventer.start()
+        self.line.start()
         self.scheduler.start()
         self.heartbeat.start()
         if self.reloader is not None:
@@ -169,6 +174,7 @@ class AqueWorker:
         self.scheduler.freeze(FLUSH_SECONDS)
         if self.heartbeat is not None:
             self.heartbeat.stop()
+        self.line.stop()
         self.eventer.stop(1.0)
         attempts = self.scheduler.attempts()
         commands = self.commands.export({a.command: i for i, a in attempts.items() if a.command is not None})
@@ -314,6 +320,7 @@ class AqueWorker:
         """Finish or give back everything, and leave the table."""
         self._stop_watching()
         clean = self.scheduler.stop(drain_seconds)
+        self.line.stop()
         if self.heartbeat is not None:
             self.heartbeat.stop()
         self.commands.stop()
@@ -345,6 +352,52 @@ class AqueWorker:
         if self.reloader is not None:
             self.reloader.stop()
             self.reloader = None
+
+    # -- what running tasks ask, see `taskserver` -----------------------------------------------------------------------
+
+    def block(self, task: ClaimedTask) -> str | None:
+        """The task waits for others: what it reserves is free meanwhile, and the pool gets a child in its place."""
+        if not runs_in_pool(task, self.runner.place):
+            self.scheduler.block(task)
+            return None
+        if not hasattr(self._pool, "lend"):
+            return (
+                f"task {task.id} would wait for another task inside of a worker whose pool cannot grow: it might wait for "
+                "ever. Use the prefork pool, or submit what needs the result as a task of its own."
+            )
+        if self._pool.lent >= self.settings.most_blocked:
+            return (
+                f"{self._pool.lent} tasks of this worker wait for other tasks already (setting most_blocked): task {task.id} "
+                "would wait for ever if they all need this one. Submit what needs the result as a task of its own."
+            )
+        self._lent.add((task.id, task.token))
+        self._pool.lend()
+        if not self.scheduler.block(task):
+            self._take_back(task.id, task.token)
+        return None
+
+    def unblock(self, task: ClaimedTask, granted: Callable[[], None]) -> None:
+        """The task would go on."""
+
+        def go_on() -> None:
+            self._take_back(task.id, task.token)
+            granted()
+
+        self.scheduler.unblock(task, go_on)
+
+    def _take_back(self, task_id: int, token: int) -> None:
+        if (task_id, token) in self._lent:
+            self._lent.discard((task_id, token))
+            self._pool.take_back()
+
+    def finished(self, outcome: Outcome) -> None:
+        """An attempt is over."""
+        self._take_back(outcome.id, outcome.token)
+        self.scheduler.finished(outcome)
+
+    def told(self, task: ClaimedTask, state: str, meta: bytes) -> None:
+        """The task tells of itself."""
+        self.scheduler.told(task, state, meta)
 
     # -- ordinary Celery tasks ----------------------------------------------------------------------------------------
 

@@ -589,6 +589,18 @@ class Store:
         """Free what tasks (rows of id, tokens) hold that this transaction has taken from their worker; True if anything."""
         return self.limits.give_back(connection, [row.id for row in moved if row.tokens])
 
+    def set_blocked(self, connection: sa.Connection, blocked: Mapping[tuple[int, int], bool]) -> None:
+        """Running tasks, as (id, token), that wait for others from now on, or go on."""
+        rows = [{"id": i, "token": token, "blocked": waits} for (i, token), waits in blocked.items()]
+        if rows:
+            connection.execute(sql.set_blocked(self.dialect), {"rows": json.dumps(rows)})
+
+    def tell(self, connection: sa.Connection, told: Mapping[tuple[int, int], tuple[str, bytes]]) -> None:
+        """What running tasks, as (id, token), tell of themselves: a state of their own naming, and JSON."""
+        for (task_id, token), (state, meta) in told.items():
+            parameters = {"which": task_id, "with_token": token, "new_state": state, "new_meta": meta}
+            connection.execute(sql.tell(self.dialect), parameters)
+
     # -- finish and release -------------------------------------------------------------------------------------------
 
     def finish(self, connection: sa.Connection, outcomes: Sequence[Outcome], max_lost: int = 3) -> Finished:

@@ -8,13 +8,15 @@ import sqlalchemy as sa
 from aque.states import Event, State, sources
 from aque.store.engine import one_of, per_class, row_set, wall_clock
 from aque.store.statements.common import (
+    ON_WORKER,
     USAGE_COLUMNS,
     Statement,
     in_states,
+    insert_into,
     is_not_being_ended,
     is_state,
 )
-from aque.store.tables import environment, payload, requirement, task, worker
+from aque.store.tables import environment, payload, progress, requirement, task, worker
 
 
 def ready_classes() -> sa.CTE:
@@ -205,6 +207,34 @@ def give_back(dialect: str) -> Statement:
             reason=None,
         )
         .returning(task.c.id, task.c.tokens)
+    )
+
+
+@cache
+def set_blocked(dialect: str) -> Statement:
+    """Tasks on workers (`rows`: id, token, blocked) that wait for others, or go on."""
+    rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger(), blocked=sa.Boolean())
+    return (
+        sa.update(task)
+        .where(task.c.id == rows.c.id, task.c.token == rows.c.token, in_states(ON_WORKER))
+        .values(blocked=rows.c.blocked)
+    )
+
+
+@cache
+def tell(dialect: str) -> Statement:
+    """What the task `which` tells of itself, if its claim (`with_token`) stands."""
+    mine = sa.select(
+        task.c.id,
+        task.c.attempt,
+        sa.bindparam("new_state", type_=sa.Text),
+        sa.bindparam("new_meta", type_=sa.LargeBinary),
+    ).where(task.c.id == sa.bindparam("which"), task.c.token == sa.bindparam("with_token"))
+    insert = insert_into(dialect, progress).from_select(["task_id", "attempt", "state", "meta"], mine)
+    new = insert.excluded
+    return insert.on_conflict_do_update(
+        index_elements=[progress.c.task_id],
+        set_={"attempt": new.attempt, "state": new.state, "meta": new.meta},
     )
 
 

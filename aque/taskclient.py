@@ -1,0 +1,81 @@
+"""What a running task asks of its worker: the task's end of the worker's line, see `taskserver`.
+
+A task knows its worker from AQUE_WORKER: the name of a socket and a key that is this attempt's alone.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from aque.errors import BadInput
+
+#: A line that a worker does not answer for so long is dead. Waiting for CPUs is not bounded.
+ANSWER_SECONDS = 30.0
+
+
+@contextmanager
+def blocked(address: str | None) -> Iterator[None]:
+    """The task waits for others meanwhile: its CPUs, and its place in the pool, are free until the end of the block, which
+    waits until it has them again. `address` is its worker's, None: this is no task, or of a worker that does not listen,
+    and nothing happens.
+
+    Raises BadInput if its worker lets no more tasks wait like that.
+    """
+    line = None if address is None else _connect(address)
+    if line is None:
+        yield
+        return
+    with line:
+        if refusal := _ask(line, {"key": _key(address), "do": "block"}):
+            raise BadInput(refusal)
+        try:
+            yield
+        finally:
+            line.settimeout(None)
+            _ask(line, {"key": _key(address), "do": "unblock"})
+
+
+def tell(address: str | None, state: str, meta: Any) -> bool:
+    """Record what the task tells of itself: a state of its own naming, and anything as JSON. False: nobody listens."""
+    line = None if address is None else _connect(address)
+    if line is None:
+        return False
+    with line:
+        _ask(line, {"key": _key(address), "do": "tell", "state": state, "meta": meta})
+    return True
+
+
+def _key(address: str | None) -> str:
+    return (address or "").rpartition(":")[2]
+
+
+def _connect(address: str) -> socket.socket | None:
+    line = socket.socket(socket.AF_UNIX)
+    line.settimeout(ANSWER_SECONDS)
+    try:
+        line.connect("\0" + address.rpartition(":")[0])
+    except OSError:  # the worker has ended, or restarted
+        line.close()
+        return None
+    return line
+
+
+def _ask(line: socket.socket, question: dict[str, Any]) -> str:
+    """The answer: empty if all is well, or if the worker has gone."""
+    answer = b""
+    with suppress(OSError):
+        line.sendall(json.dumps(question).encode() + b"\n")
+        while not answer.endswith(b"\n"):
+            piece = line.recv(4096)
+            if not piece:
+                break
+            answer += piece
+    return answer.decode(errors="replace").strip()
+
+
+def own_address() -> str | None:
+    """Of the worker of the task that this process belongs to."""
+    return os.environ.get("AQUE_WORKER")

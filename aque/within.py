@@ -1,0 +1,132 @@
+"""What a Python task may do about its own attempt: ask for another one, leave its place to a graph, tell of its progress.
+
+Aque's task class has these as methods; a plain Celery task that runs from the table gets them here (`adopt`), in place of
+Celery's own, which would send a message.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from types import MethodType
+from typing import Any, TypeVar
+
+from celery import Task
+from celery._state import get_current_task
+from celery.exceptions import Ignore, Retry
+from celery.utils.serialization import raise_with_context
+
+from aque import codec, taskclient
+from aque.values import Replacement
+
+Item = TypeVar("Item")
+
+
+class Replaced(Ignore):
+    """Raised in a task: a graph takes its place, whose last task is `replacement`."""
+
+    def __init__(self, replacement: Replacement) -> None:
+        super().__init__(f"replaced by {replacement.name}")
+        self.replacement = replacement
+
+
+class Again(Retry):
+    """Raised in a task: it asks for another attempt after so many seconds, with `arguments` (None: the same)."""
+
+    def __init__(
+        self, exc: BaseException | None, when: Any, after_seconds: float, arguments: bytes | None, sig: Any = None
+    ) -> None:
+        super().__init__(exc=exc, when=when, sig=sig)
+        self.after_seconds = after_seconds
+        self.arguments = arguments
+
+
+def is_from_table(task: Task) -> bool:
+    """True in an attempt of this task that was claimed from the table, and not called, eager or sent in a message."""
+    return getattr(task.request, "aque_id", None) is not None
+
+
+def retry(
+    task: Task,
+    args: Any = None,
+    kwargs: Any = None,
+    exc: Exception | None = None,
+    throw: bool = True,
+    eta: datetime | None = None,
+    countdown: float | None = None,
+    max_retries: int | None = None,
+    **options: Any,
+) -> Any:
+    """Celery's `self.retry`, as an outcome of the attempt: the row waits for its time and runs again, under its id.
+
+    Other options than these have no effect: the row keeps its queue and priority.
+    """
+    request = task.request
+    if not is_from_table(task):
+        return Task.retry(task, args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+    retries = request.retries + 1
+    if max_retries is None:
+        max_retries = task.max_retries
+    else:
+        task.override_max_retries = max_retries
+    if max_retries is not None and retries > max_retries:
+        if exc is not None:
+            raise_with_context(exc)
+        raise task.MaxRetriesExceededError(
+            f"Can't retry {task.name}[{request.id}] args:{request.args} kwargs:{request.kwargs}",
+            task_args=request.args,
+            task_kwargs=request.kwargs,
+        )
+    if eta is None and countdown is None:
+        countdown = task.default_retry_delay
+    arguments = None
+    if args is not None or kwargs is not None:
+        new = task.signature_from_request(request, args, kwargs)
+        arguments, _ = codec.encode_arguments(new.args, new.kwargs)
+    again = Again(exc, eta or countdown, _seconds_until(eta) if eta else max(0.0, countdown or 0.0), arguments)
+    if throw:
+        raise again
+    request.aque_asks.append(again)
+    return again
+
+
+def _seconds_until(eta: datetime) -> float:
+    moment = eta if eta.tzinfo else eta.replace(tzinfo=UTC)
+    return max(0.0, moment.timestamp() - time.time())
+
+
+def update_state(
+    task: Task, task_id: str | None = None, state: str | None = None, meta: Any = None, **options: Any
+) -> None:
+    """Celery's `self.update_state`: who asks for the task sees `state` and `meta` while it runs. Of another task than this
+    one nothing is recorded."""
+    request = task.request
+    if is_from_table(task) and task_id in (None, request.id):
+        taskclient.tell(request.aque_worker, str(state or "PROGRESS"), codec.jsonable(meta))
+    elif not is_from_table(task):
+        Task.update_state(task, task_id, state, meta, **options)
+
+
+def adopt(task: Task) -> None:
+    """Give a plain Celery task these ways, for when it runs from the table."""
+    if "aque_adopted" in vars(task):
+        return
+    task.aque_adopted = True
+    for method in (retry, update_state):
+        setattr(task, method.__name__, MethodType(method, task))
+
+
+def giving_way(looks: Iterable[Item]) -> Iterator[Item]:
+    """The same items, of a generator that waits for other tasks between them: if this is a task, it holds no CPUs while it
+    waits. See `taskclient.blocked`."""
+    with ExitStack() as until_the_end:
+        for number, look in enumerate(looks):
+            yield look
+            if number == 0:
+                until_the_end.enter_context(taskclient.blocked(_address()))
+
+
+def _address() -> str | None:
+    """Of the worker of the task that this code runs in."""
+    task = get_current_task()
+    return getattr(getattr(task, "request", None), "aque_worker", None) or taskclient.own_address()
