@@ -39,6 +39,13 @@ def wait(path: str, gate: str) -> None:
     wait_for(gate)
 
 
+@app.task(acks_late=True, ignore_result=True)  # type: ignore[untyped-decorator]
+def note(path: str, line: str, seconds: float) -> None:
+    """Its message is gone when it has run; it has no result, which would wait for the broker."""
+    time.sleep(seconds)
+    append(path, line)
+
+
 @app.task(base=aque.Task)  # type: ignore[untyped-decorator]
 def through_the_table(value: int) -> int:
     return value + 1
