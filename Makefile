@@ -18,7 +18,7 @@ demo: .venv/.runtime
 	@$(BIN)/aque demo
 
 test: .venv/.development
-	@$(BIN)/python -m pytest -n 4 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 6 --dist loadgroup $(PYTEST_ARGS)
 
 check: .venv/.development
 	$(BIN)/ruff check .

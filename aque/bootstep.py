@@ -16,6 +16,7 @@ from celery.concurrency import get_implementation
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.platforms import strargv
 from celery.signals import worker_init, worker_process_init
+from celery.worker import state as celery_state
 from celery.worker.consumer.tasks import Tasks
 
 import aque.panel  # noqa: F401  in place of Celery's revoke and terminate
@@ -25,6 +26,7 @@ from aque.contain import Strangers
 from aque.errors import BadSetting
 from aque.farm import settings_of
 from aque.pool import TaskPool
+from aque.publisher import AlwaysEnabled
 from aque.signals import WorkerSignals
 from aque.store import open_store, unchecked_store
 from aque.worker import AqueWorker
@@ -105,8 +107,12 @@ class ConsumerStep(bootsteps.StartStopStep):
             for name in ("add_task_queue", "cancel_task_queue"):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
         _look_up_from_waiting(consumer.connection)
-        consumer.update_strategies()  # they have closed over the handler that was there before
-        aque.eventer.dispatcher = consumer.event_dispatcher
+        aque.eventer.dispatcher = dispatcher = consumer.event_dispatcher
+        # Strategies close over the handler that was there before, and over who sends the events of ordinary tasks: in the
+        # thread that reads the pool's results, which a broker that hangs must not hold up.
+        consumer.event_dispatcher = AlwaysEnabled(aque.eventer) if dispatcher else dispatcher
+        consumer.update_strategies()
+        consumer.event_dispatcher = dispatcher
         self._serve(consumer, aque)
 
     def _serve(self, consumer: Any, aque: AqueWorker) -> None:
@@ -123,9 +129,16 @@ class ConsumerStep(bootsteps.StartStopStep):
 
 
 def _look_up_from_waiting(connection: Any) -> None:
-    """Celery's loop waits 2 s for messages before it looks whether it should stop: let it look four times as often."""
+    """Celery's loop waits 2 s for messages before it looks whether it should stop, and once more when it has seen that: let
+    it look ten times as often, and wait no more then."""
     drain_events = connection.drain_events
-    connection.drain_events = lambda timeout=None: drain_events(timeout=None if timeout is None else min(timeout, 0.5))
+
+    def drain(timeout: float | None = None) -> Any:
+        flags = celery_state.should_stop, celery_state.should_terminate  # when set, an exit status: it may be 0
+        stops = any(flag is not None and flag is not False for flag in flags)
+        return drain_events(timeout=None if timeout is None else min(timeout, 0.01 if stops else 0.2))
+
+    connection.drain_events = drain
 
 
 def _run(worker: Any, start: Any) -> None:

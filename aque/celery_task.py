@@ -9,6 +9,7 @@ from typing import Any
 
 from celery import Task as CeleryTask
 from celery.local import Proxy
+from celery.utils.time import rate
 
 from aque import codec, within
 from aque.backend import Backend
@@ -69,12 +70,14 @@ class Task(CeleryTask):
         edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
         job = open_graph.get()
         place: dict[str, Any] = {} if job is None else job.place()
-        chosen = Options(**given, dependencies=tuple(edges), celery_id=task_id, **place)
+        extra = {"rate_limit": rate(self.rate_limit)} if self.rate_limit else {}
+        chosen = Options(**given, dependencies=tuple(edges), celery_id=task_id, extra=extra, **place)
         new = job.new_id() if job is not None else submitter.next_id()
         spec = submitter.function(new, function, self.name, arguments, inputs, chosen)
         submit_or_add(submitter, job, spec, strict)
         handle = Handle(task_id or str(new), app=app, backend=backend_of(app), task_name=self.name)
-        handle.number = new
+        if task_id is None:
+            handle.number = new
         return handle
 
     retry = within.retry

@@ -11,6 +11,7 @@ from aque import chooser
 from aque.backfill import Hold, forecast
 from aque.backoff import NOTHING_AVOIDED
 from aque.classes import LOOK_SECONDS, Classes
+from aque.rates import Rates
 from aque.resources import Capacity
 from aque.roomkeeper import RoomKeeper, Running
 from aque.settings import Settings
@@ -48,6 +49,7 @@ class Claimer:
         settings: Settings,
         classes: Classes,
         seconds: Callable[[str], float | None],
+        rates: Rates | None = None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -61,6 +63,7 @@ class Claimer:
         self._is_contended = False  #: several users had something ready at the last look
         #: What this host could not start lately; whoever looks sets it before.
         self.avoided = NOTHING_AVOIDED
+        self._rates = Rates() if rates is None else rates
 
     @property
     def is_holding(self) -> bool:
@@ -71,7 +74,8 @@ class Claimer:
         """Read what is ready, outside of any transaction, and choose: nothing is claimed yet. `running` tells what runs here,
         if that is asked."""
         now = self._store.now(connection)
-        found = self._store.candidates(connection, self._classes.unfit, self._window, self.avoided)
+        spent = self._rates.exhausted(time.monotonic())
+        found = self._store.candidates(connection, self._classes.unfit, self._window, self.avoided, spent)
         cut = {class_id for class_id, row in found.items() if len(row) >= self._window}
         self._window = min(max(ROWS // max(len(found), 1), FEWEST), MOST)
         requirements = self._store.requirements(connection, found)
@@ -87,7 +91,8 @@ class Claimer:
             due += [] if until is None else [until]
         tokens = self._classes.free_tokens(connection, classes.values())
         choice = self._choose(connection, worker_id, ready, classes, cut, tokens, free, running, now)
-        chosen = {task.id for task in choice.start}
+        start, held_back = self._at_their_rates(choice.start)
+        chosen = {task.id for task in start}
         rest = {class_id: [task for task in row if task.id not in chosen] for class_id, row in ready.items()}
         self._waiting_priority = max((row[0].priority for row in rest.values() if row), default=None)
         ahead: list[ReadyTask] = []
@@ -95,10 +100,19 @@ class Claimer:
             usage = self._usage if self._is_contended else None
             slots = self._classes.place.whole.python_slots
             ahead = chooser.ahead(rest, classes, tokens, usage, self._seconds, buffered, slots)
+            ahead = [task for task in ahead if not self._rates.is_limited(task.name)]
         more = bool(cut) or sum(map(len, rest.values())) > len(ahead)
-        due += [now] if choice.is_cut else []
+        due += [now] if choice.is_cut or held_back else []
+        if (next_at := self._rates.next_at(time.monotonic())) is not None:
+            due.append(now + max(0.0, next_at - time.monotonic()))
         is_undecided = self._classes.is_undecided
-        return Picked(choice.start, ahead, more, min(due) - now if due else None, is_undecided)
+        return Picked(start, ahead, more, min(due) - now if due else None, is_undecided)
+
+    def _at_their_rates(self, tasks: Sequence[ReadyTask]) -> tuple[list[ReadyTask], bool]:
+        """Those that may start now, and whether there are others."""
+        now = time.monotonic()
+        start = [task for task in tasks if self._rates.take(task.name, now)]
+        return start, len(start) < len(tasks)
 
     def _choose(
         self,
@@ -198,7 +212,7 @@ class Claimer:
         for task in sorted(released, key=chooser.order):
             if task.class_id in classes and (least is None or task.priority >= least):
                 rows.setdefault(task.class_id, []).append(task)
-        return chooser.choose(rows, classes, free, MOST).start
+        return self._at_their_rates(chooser.choose(rows, classes, free, MOST).start)[0]
 
     def claim(
         self, connection: Any, tasks: Sequence[ReadyTask], worker_id: int, token: int, state: State
@@ -207,10 +221,17 @@ class Claimer:
         limits = {task.id: self._classes.limits(task.class_id) for task in tasks}
         got = self._store.claim(connection, [task.id for task in tasks], worker_id, token, state, limits=limits)
         chosen = {task.id: task.class_id for task in tasks}
-        changed = [task for task in got if task.class_id != chosen[task.id]]
-        if changed:  # it needs something else now: nothing was reserved for that
+        changed = [task for task in got if task.class_id != chosen[task.id] or self._is_too_often(task)]
+        if (
+            changed
+        ):  # it needs something else now, for which nothing was reserved; or says only now how often it may start
             self._store.give_back(connection, [(task.id, task.token) for task in changed])
         return [task for task in got if task not in changed]
+
+    def _is_too_often(self, task: ClaimedTask) -> bool:
+        rate = task.extra.get("rate_limit")
+        is_news = rate is not None and self._rates.learn(task.name, rate)
+        return is_news and not self._rates.take(task.name, time.monotonic())
 
     def _at_home(
         self, tasks: list[ReadyTask], requirement: Requirement, now: float

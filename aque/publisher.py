@@ -22,6 +22,15 @@ BATCH = 100
 Describe = Callable[[Sequence[int]], Mapping[int, Mapping[str, Any]]]
 
 
+class AlwaysEnabled:
+    """The queue as Celery's own requests want it: their strategies ask once whether there are events, and never again."""
+
+    enabled = True
+
+    def __init__(self, queue: "EventQueue") -> None:
+        self.send = queue.send
+
+
 class EventQueue:
     """Stands where Celery's requests expect an event dispatcher. `send` never blocks and never raises."""
 

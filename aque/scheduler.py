@@ -24,6 +24,7 @@ from aque.classes import Classes
 from aque.errors import StoreError
 from aque.ledger import Ledger
 from aque.mounts import Mounts
+from aque.rates import Rates
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
@@ -141,6 +142,7 @@ class Scheduler:
         until: Until | None,
         on_end: Callable[[], None],
         is_urgent: Callable[[], bool],
+        ordered_rate: Callable[[str], float | None] = lambda name: None,
         on_news: Callable[[], None] = lambda: None,
         on_written: Callable[[list[Outcome], Finished], None] = lambda outcomes, finished: None,
     ) -> None:
@@ -155,7 +157,7 @@ class Scheduler:
         self._on_written = on_written
         self._mounts = Mounts(place.host, self.look)
         self._classes = Classes(store, settings, place, self._mounts)
-        self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds)
+        self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds, Rates(ordered_rate))
         self._backoff = Backoff(settings.back_off_seconds)
         self._lock = threading.Lock()
         self._worker_id = self.worker_id = worker_id

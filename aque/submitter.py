@@ -21,7 +21,7 @@ from aque.machine import user_name
 from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memory, parse_resources
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, READY_STATES, State
-from aque.store import Store, again
+from aque.store import Inherited, Store, again, is_conflict
 from aque.values import NO_REDIRECTIONS, Children, Dependency, Pattern, Redirections, Requirement, TaskSpec
 
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
@@ -54,16 +54,16 @@ class Options:
     """What can be asked for any task, as people write it; `TaskSpec` holds it as the store does."""
 
     name: str = ""
-    queue: str = ""  #: empty: the default queue
-    priority: int = 0  #: higher first
+    queue: str = ""  #: empty: the parent's, else the default queue
+    priority: int | None = None  #: higher first; None: the parent's, else 0
     cpus: str | float = "1"  #: see `resources.CpuRequest`
     memory: str | int = 0  #: bytes, or with a suffix
-    host: str = ""  #: comma-separated globs; `!glob` excludes
-    platform: str = ""  #: as `sys.platform`
+    host: str = ""  #: comma-separated globs; `!glob` excludes; empty: the parent's
+    platform: str = ""  #: as `sys.platform`; empty: the parent's
     resources: str | Mapping[str, int] = ""  #: a site's own, as in {"gpu": 1} or "gpu=1"
     limits: str | Mapping[str, int] = ""  #: tokens of farm-wide limits, as in {"nuke": 1} or "nuke=1"
-    tags: str | tuple[str, ...] = ""  #: that the worker must have; `!tag` excludes
-    requires_paths: tuple[str | bytes, ...] = ()  #: that the host must have
+    tags: str | tuple[str, ...] = ""  #: that the worker must have; `!tag` excludes; empty: the parent's
+    requires_paths: tuple[str | bytes, ...] = ()  #: that the host must have; empty: the parent's
     duration: float | str = 0.0  #: expected seconds, or as in "2x" how many times the average of its priority
     io_paths: tuple[str | bytes, ...] = ()  #: that it reads or writes; of a command, if none: its words that are paths
     io: bool = True  #: False: without io_paths
@@ -149,6 +149,7 @@ class Submitter:
         self._reserved_at = 0.0
         self._limits: dict[str, int] = {}
         self._limits_read_at = -math.inf
+        self._parents: dict[int, Inherited | None] = {}
 
     def reserve(self, count: int) -> list[int]:
         """Ids for tasks that are submitted later."""
@@ -188,7 +189,12 @@ class Submitter:
             with self.store.connect() if self.store.is_one_statement(specs) else self.store.begin() as connection:
                 return self.store.submit(connection, specs, expected)
 
-        states = again(work)
+        try:
+            states = again(work)
+        except Exception as error:
+            if not is_conflict(error) or (known := self._known(specs)) is None:
+                raise
+            return known
         rung = set()
         if any(state in READY_STATES for state in states.values()):
             rung.add(doorbell.READY)
@@ -200,6 +206,31 @@ class Submitter:
             with self.store.connect() as connection:
                 doorbell.ring(connection, rung)
         return states
+
+    def _known(self, specs: Sequence[TaskSpec]) -> dict[int, State] | None:
+        """The states of these tasks, by the ids they were to have, if all of them were submitted before under the same Celery
+        ids: who repeats a submission after a failure gets the tasks that are there. None: they are not what is in the way.
+
+        Raises BadInput if a Celery id is another task's.
+        """
+        named = {spec.celery_id: spec for spec in specs if spec.celery_id is not None}
+        with self.store.connect() as connection:
+            calls = self.store.calls_of(connection, list(named))
+        if not calls:
+            return None
+        for name, call in calls.items():
+            spec = named[name]
+            if (call.function, call.arguments, call.argv) != (spec.function, spec.arguments, spec.argv):
+                raise BadInput(
+                    f"task {call.id} has the Celery id {name} already, and is not the same. Nothing was submitted: let Celery "
+                    "make the ids, or bring one that is new."
+                )
+        if len(calls) < len(specs):
+            raise BadInput(
+                f"{len(calls)} of these {len(specs)} tasks were submitted before, as the Celery id {next(iter(calls))} was. "
+                "Nothing was submitted."
+            )
+        return {named[name].id: call.state for name, call in calls.items()}
 
     def check_possible(self, specs: Iterable[TaskSpec]) -> None:
         """Raise BadInput if no live worker could ever run one of these tasks."""
@@ -352,20 +383,21 @@ class Submitter:
             raise BadInput(
                 "a task can depend on another one in one way only: ok, any or failed. Nothing was submitted."
             )
-        queue = options.queue or self.settings.default_queue
+        parent_id = options.parent_id if options.parent_id is not None else self._parent()
+        parent = None if parent_id is None else self._inherited(parent_id)
         wanted = (
-            queue,
+            options.queue or (parent.requirement.queue if parent else "") or self.settings.default_queue,
             pattern,
             options.cpus,
             options.memory,
-            options.host,
-            options.platform,
+            options.host or (parent.requirement.host if parent else ""),
+            options.platform or (parent.requirement.platform if parent else ""),
             self._user_of(options),
             options.interpreter,
             _hashable(options.resources),
             _hashable(options.limits),
-            options.tags,
-            options.requires_paths,
+            options.tags or (parent.requirement.tags if parent else ""),
+            options.requires_paths or (parent.requirement.requires_paths if parent else ()),
         )
         duration, relative_duration = _duration(options.duration)
         try:
@@ -376,13 +408,13 @@ class Submitter:
             id=task_id,
             name=_text("name", options.name or name),
             requirement=requirement,
-            priority=self._priority(options.priority),
+            priority=parent.priority if parent and options.priority is None else self._priority(options.priority or 0),
             age_rank=-int(self.settings.priority_per_hour * time.time() / 3600),
             duration=duration,
             relative_duration=relative_duration,
             dependencies=dependencies,
             job_id=options.job_id,
-            parent_id=options.parent_id if options.parent_id is not None else self._parent(),
+            parent_id=parent_id,
             layer=_text("layer", options.layer),
             seq=options.seq,
             max_attempts=_integer("max_attempts", options.max_attempts, 1, 1000),
@@ -428,6 +460,14 @@ class Submitter:
         task_id = os.environ.get("AQUE_TASK_ID", "")
         same_farm = os.environ.get("AQUE_BROKER", "") == self.settings.to_url()
         return int(task_id) if task_id.isdecimal() and same_farm else None
+
+    def _inherited(self, parent_id: int) -> Inherited | None:
+        """What children of this task have of it unless they say otherwise; it is read once. User, working directory and
+        environment they have of the process that submits them."""
+        if self._parents.get(parent_id) is None:
+            with self.store.connect() as connection:
+                self._parents = {parent_id: self.store.inherited(connection, parent_id)}
+        return self._parents[parent_id]
 
 
 @lru_cache(maxsize=1024, typed=True)

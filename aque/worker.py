@@ -7,9 +7,11 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, NoReturn
 
 from celery.platforms import EX_OK
+from celery.utils.time import rate
 from celery.worker import state as celery_state
 
 from aque import machine, reload, restart
@@ -121,6 +123,7 @@ class AqueWorker:
             on_end=_end_worker,
             on_news=self.tell,
             on_written=self.announcer.written,
+            ordered_rate=partial(_ordered_rate, worker.app),
             is_urgent=lambda: signals.is_urgent or celery_state.should_terminate not in (None, False),
         )
         self.worker_id = self.scheduler.worker_id
@@ -448,6 +451,13 @@ def _whole(settings: Settings, pool: Any) -> Capacity:
     commands = max(FREE_COMMANDS_PER_CPU, int(FREE_COMMANDS_PER_CPU * cpus))
     resources = {name: len(numbers) for name, numbers in parse_indices(settings.resources).items()}
     return Capacity(cpus, memory, pool.limit, commands, resources)
+
+
+def _ordered_rate(app: Any, name: str) -> float | None:
+    """Of a task that the app has registered: so many may start a second, as it says or remote control has set; 0: any
+    number. None: it is not registered here."""
+    task = app.tasks.get(name)
+    return None if task is None else rate(task.rate_limit or 0)
 
 
 def _end_worker() -> None:

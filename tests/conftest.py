@@ -5,13 +5,15 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from aque import residency
+from aque import residency, settings
+from aque.store import schema
+from aque.store.engine import open_engine
 from tests import filesystems
 from tests.servers import MissingBinary, PostgreSQL, RabbitMQ, Redis, Server
 
@@ -29,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def start(server: type[AnyServer]) -> AnyServer:
+def start(server: Callable[[], AnyServer]) -> AnyServer:
     """A new server; where its program is not installed a laptop skips the test and continuous integration fails it."""
     try:
         return server()
@@ -40,10 +42,39 @@ def start(server: type[AnyServer]) -> AnyServer:
     pytest.skip(reason)
 
 
+#: Directories with the tests that take long, first: what runs last should be short.
+ORDER = ("faults", "scenarios", "worker", "transport", "cli", "store", "unit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `--dist loadgroup` keeps together: tests that share a module's fixture, such as a farm on one kind of database, and
+    the short ones of a file in tests/unit. Any other test runs wherever there is time for it."""
+    for item in items:
+        if (group := _group(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_place)
+
+
+def _group(item: pytest.Item) -> str | None:
+    fixtures: dict[str, Sequence[pytest.FixtureDef[object]]] = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+    shared = sorted(name for name, found in fixtures.items() if found[-1].scope == "module")
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    by_param = [f"{name}-{params[name]}" for name in shared if name in params]
+    if shared or item.path.parent.name == "unit":
+        return "-".join([item.path.stem, *(by_param or shared)])
+    return None
+
+
+def _place(item: pytest.Item) -> int:
+    directory = item.path.relative_to(Path(__file__).parent).parts[0]
+    return ORDER.index(directory) if directory in ORDER else len(ORDER)
+
+
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[PostgreSQL]:
     """One PostgreSQL for the whole run: do not stop it, ask for `own_postgresql` instead."""
-    with start(PostgreSQL) as server:
+    with start(lambda: PostgreSQL(durable=False)) as server:
         yield server
 
 
@@ -103,6 +134,45 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'aque.db'}"
     return str(request.getfixturevalue("fresh_postgresql_url"))
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without tasks, to copy: the migrations take ten times as long."""
+    file = tmp_path_factory.mktemp("template") / "aque.db"
+    make_tables(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql_server: PostgreSQL) -> str:
+    """The name of a database with the tables, to copy."""
+    postgresql_server.execute("CREATE DATABASE aque_template")
+    make_tables(postgresql_server.database_url("aque_template"))
+    return "aque_template"
+
+
+def make_tables(url: str) -> None:
+    engine = open_engine(settings.load({"AQUE_BROKER": url}).store_url)
+    schema.upgrade(engine)
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def made_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A new store with its tables, as AQUE_BROKER names it: the test runs once on each kind."""
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "aque.db")
+        yield f"sqlite:///{tmp_path / 'aque.db'}"
+    else:
+        server = request.getfixturevalue("postgresql_server")
+        with server.database(request.getfixturevalue("postgresql_template")) as url:
+            yield url
+
+
+#: For a test of what no database has a part in (processes, signals, CPUs): one kind is enough, and half of them take each.
+ON_SQLITE = pytest.mark.parametrize("made_store_url", ["sqlite"], indirect=True)
+ON_POSTGRESQL = pytest.mark.parametrize("made_store_url", ["postgresql"], indirect=True)
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ import psycopg2
 
 Result = TypeVar("Result")
 
-START_SECONDS = 30
-STOP_SECONDS = 30
+START_SECONDS = 60
+STOP_SECONDS = 60
 
 
 class MissingBinary(Exception):
@@ -42,7 +42,7 @@ class ServerFailed(Exception):
     """A server did not start or did not stop; the message ends with the last lines of its log."""
 
 
-def wait_until(condition: Callable[[], Result], limit: float = 30, what: str = "") -> Result:
+def wait_until(condition: Callable[[], Result], limit: float = 60, what: str = "") -> Result:
     """The first true value of `condition()`, asked again and again for up to `limit` seconds, then AssertionError.
 
     The only sleep in the tests: whatever else waits, waits for an event or for this.
@@ -258,7 +258,8 @@ class Server:
 
 
 class PostgreSQL(Server):
-    """A PostgreSQL cluster as durable as a real one (fsync on); whoever connects is its superuser `postgres`."""
+    """A PostgreSQL cluster as durable as a real one, unless `durable` is false: then what is committed survives a crash of the
+    server, not one of the machine. Whoever connects is its superuser `postgres`."""
 
     STOP: ClassVar = {
         "smart": signal.SIGTERM,  # waits until the clients have gone
@@ -267,8 +268,9 @@ class PostgreSQL(Server):
         "kill": signal.SIGKILL,
     }
 
-    def __init__(self) -> None:
+    def __init__(self, durable: bool = True) -> None:
         super().__init__()
+        self.durable = durable
         self.binaries = postgresql_binaries()
         self.user = unprivileged_user() if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
         self._numbers = itertools.count(1)
@@ -281,10 +283,10 @@ class PostgreSQL(Server):
         return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
 
     @contextmanager
-    def database(self) -> Iterator[str]:
-        """The URL of a new, empty database, dropped afterwards whoever is still connected."""
+    def database(self, template: str = "template1") -> Iterator[str]:
+        """The URL of a new database, empty or a copy of `template`, dropped afterwards whoever is still connected."""
         name = f"test_{next(self._numbers)}"
-        self.execute(f"CREATE DATABASE {name}")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         try:
             yield self.database_url(name)
         finally:
@@ -315,7 +317,8 @@ class PostgreSQL(Server):
             raise ServerFailed(f"initdb made no PostgreSQL cluster:\n{made.stdout}{made.stderr}")
 
     def argv(self) -> list[str | Path]:
-        settings = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200")
+        settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200"]
+        settings += [] if self.durable else ["fsync=off", "full_page_writes=off"]
         options = [word for setting in settings for word in ("-c", setting)]
         return [self.binaries / "postgres", "-D", self.directory / "data", "-p", str(self.port), *options]
 

@@ -45,7 +45,7 @@ def expected(_context: click.Context, _option: click.Parameter, value: str) -> f
 _WHAT = [
     click.option("--name", metavar="TEXT", default="", help="What to call it; else the command's or function's name."),
     click.option("--queue", metavar="NAME", default="", help="The queue; workers choose which they serve."),
-    click.option("--priority", metavar="N", type=int, default=0, help="Higher starts first (default 0)."),
+    click.option("--priority", metavar="N", type=int, help="Higher starts first (default 0; in a task: its own)."),
     click.option("--memory", metavar="SIZE", default="0", help="Reserve memory: bytes, or with K, M, G or T."),
     click.option("--host", metavar="GLOBS", default="", help="Run only on hosts such as 'node*,!node7'."),
     click.option("--platform", metavar="NAME", default="", help="Run only on this platform, as Python's sys.platform."),

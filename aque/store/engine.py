@@ -287,6 +287,11 @@ def is_data_error(error: Exception) -> bool:
     )
 
 
+def is_conflict(error: Exception) -> bool:
+    """True if what was to be inserted is there already, or something with the same key."""
+    return isinstance(error, sa.exc.IntegrityError)
+
+
 def attempt_write(connection: sa.Connection, work: Callable[[], T]) -> T | None:
     """Run `work` under a savepoint of the open transaction; None, with nothing written, if the database refused its data."""
     connection.exec_driver_sql("SAVEPOINT attempt")

@@ -139,6 +139,25 @@ class StoredResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Inherited:
+    """What a task's children have of it unless they say otherwise."""
+
+    requirement: Requirement
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCall:
+    """A task that was submitted under a Celery id, and what it calls."""
+
+    id: int
+    state: State
+    function: str
+    arguments: bytes
+    argv: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRow:
     """A worker as registered; `expired_seconds` ago its lease ended (negative: it holds), `unseen_seconds` ago it renewed."""
 
@@ -466,14 +485,19 @@ class Store:
         return {i: self._requirements[i] for i in wanted}
 
     def candidates(
-        self, connection: sa.Connection, unfit: Iterable[int], limit: int, avoided: Avoided = NOTHING_AVOIDED
+        self,
+        connection: sa.Connection,
+        unfit: Iterable[int],
+        limit: int,
+        avoided: Avoided = NOTHING_AVOIDED,
+        names: Collection[str] = (),
     ) -> dict[int, list[ReadyTask]]:
         """Up to `limit` ready tasks of each requirement class, best first within a class, but for the classes in `unfit` and
-        what is `avoided`."""
+        what is `avoided`, or has one of these `names`."""
         parameters = {"unfit": [*unfit, *avoided.classes], "limit": limit}
         by_class: dict[int, list[ReadyTask]] = {}
-        if left_out := bool(avoided.tasks or avoided.jobs):
-            parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs)}
+        if left_out := bool(avoided.tasks or avoided.jobs or names):
+            parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs), "names": list(names)}
         for row in connection.execute(sql.candidates(self.dialect, left_out), parameters):
             by_class.setdefault(row.requirement_id, []).append(ready_task(row))
         for ready in by_class.values():  # the join gives them in no promised order
@@ -1150,6 +1174,25 @@ class Store:
             found.update(dict(connection.execute(sql.ids_of_celery_ids(), {"celery_ids": brought}).all()))
         return found
 
+    def calls_of(self, connection: sa.Connection, celery_ids: Sequence[str]) -> dict[str, KnownCall]:
+        """What was submitted under these Celery ids."""
+        if not celery_ids:
+            return {}
+        rows = connection.execute(sql.calls_of(), {"celery_ids": list(celery_ids)})
+        return {
+            row.celery_id: KnownCall(
+                row.id, State(row.state), row.function or "", bytes(row.arguments or b""), _split(row.argv or b"")
+            )
+            for row in rows
+        }
+
+    def inherited(self, connection: sa.Connection, task_id: int) -> Inherited | None:
+        """What children of this task have of it; None if there is no such task, or it needs no worker."""
+        row = connection.execute(sql.inherited(), {"which": task_id}).first()
+        if row is None:
+            return None
+        return Inherited(self.requirements(connection, [row.requirement_id])[row.requirement_id], row.priority)
+
     def last_id(self, connection: sa.Connection, submitter: str) -> int | None:
         """The newest task or job of this submitter: `@last` on the command line."""
         found = connection.execute(sql.last_id(), {"submitter": submitter}).scalar()
@@ -1344,8 +1387,10 @@ def _worker(row: Any) -> WorkerRow:
 __all__ = [
     "Finding",
     "Finished",
+    "Inherited",
     "Kill",
     "Killed",
+    "KnownCall",
     "Orders",
     "Released",
     "Store",

@@ -1,16 +1,21 @@
 """The real `aque` on a store of its own: `aque` has no worker, `served` shares one between the tests of a module."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 
+from aque import settings
+from aque.store import Store, open_store
 from tests.conftest import FOREIGN
 from tests.servers import Guarded, wait_until
 
@@ -72,18 +77,41 @@ class Aque:
         assert done.status == 0, done.err
         return done.id
 
+    @contextmanager
+    def store(self) -> Iterator[tuple[Store, Connection]]:
+        """The store itself: an `aque` takes a hundred times as long to say what is in it."""
+        with closing(open_store(settings.load(self.environment))) as store, store.connect() as connection:
+            yield store, connection
+
     def state(self, task_id: int) -> str:
-        return self("status", str(task_id), "--csv", "state").out.split()[1]
+        with self.store() as (store, connection):
+            (task,) = store.tasks(connection, {"id": task_id}, ["state"])
+        return str(task["state"])
+
+    def count(self) -> int:
+        """How many tasks there are."""
+        with self.store() as (store, connection):
+            return sum(store.counts(connection).values())
 
     def assert_sound(self) -> None:
-        doctor = self("doctor")
-        assert doctor.status == 0, doctor.out + doctor.err
-        assert doctor.out.splitlines()[-1] == "clean"
+        """As `aque doctor` has it."""
+        if (Path(self.environment["AQUE_STATE_DIR"]) / "aque.db").exists():
+            with self.store() as (store, connection):
+                assert store.doctor(connection) == []
 
 
 @pytest.fixture
-def aque(environment: dict[str, str], tmp_path: Path) -> Iterator[Aque]:
-    """A store without a worker; the doctor finds it sound after the test."""
+def aque(bare: Aque, sqlite_template: Path) -> Aque:
+    """A store without a worker, and without tasks; the doctor finds it sound after the test."""
+    state = Path(bare.environment["AQUE_STATE_DIR"])
+    state.mkdir(mode=0o700)
+    shutil.copy(sqlite_template, state / "aque.db")
+    return bare
+
+
+@pytest.fixture
+def bare(environment: dict[str, str], tmp_path: Path) -> Iterator[Aque]:
+    """No store yet: the first use makes it."""
     here = tmp_path / "here"
     here.mkdir()
     runner = Aque(environment, here)

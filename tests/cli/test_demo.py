@@ -69,7 +69,7 @@ class Demo:
 
     def end(self) -> int:
         """Its exit status, when nothing is left of it."""
-        status = self.process.wait(90)
+        status = self.process.wait(150)
         wait_until(lambda: not self.processes(), what=f"the end of {self.processes()}")
         assert list(self.temporary.iterdir()) == []
         assert list(self.home.iterdir()) == []

@@ -38,7 +38,7 @@ def test_ctrl_c_stops_the_local_worker(aque):
     wait_until(lambda: aque.state(task_id) == "running")
     (worker,) = live_workers(aque)
     process.send_signal(signal.SIGINT)
-    assert process.wait(40) == 130
+    assert process.wait(60) == 130
     assert "waits for another worker" in process.communicate()[1]
     assert not is_running(worker["pid"]) and live_workers(aque) == []
     assert aque.state(task_id) == "ready"
@@ -50,7 +50,7 @@ def test_a_terminated_command_takes_its_local_worker_with_it(aque):
     wait_until(lambda: aque.state(task_id) == "running")
     (worker,) = live_workers(aque)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=40)
+    process.communicate(timeout=60)
     assert process.returncode == 143 and not is_running(worker["pid"])
 
 

@@ -1,7 +1,7 @@
 """Scenarios as data: a farm, its tasks, and what must be true of when and where they start.
 
 what = "of equal priority the longest expected task starts first"
-real = true                     also on real workers, on both databases; times are then the tasks' own
+real = true                     also on real workers; times are then the tasks' own
 fair = true                     users share the farm
 reserve_after = 10              seconds
 [limits]

@@ -1,5 +1,6 @@
-"""Farms and tasks as data (`*.toml`): under a fake clock, and the small ones on real workers of both databases."""
+"""Farms and tasks as data (`*.toml`): under a fake clock, and the small ones on real workers, every other one on SQLite."""
 
+import itertools
 from datetime import datetime
 from pathlib import Path
 
@@ -21,9 +22,14 @@ def test_the_policy_does_what_the_scenario_expects(scenario: Scenario) -> None:
     check(scenario, FakeFarm(scenario).run())
 
 
-@pytest.mark.parametrize("scenario", REAL, ids=lambda scenario: scenario.name)
-def test_real_workers_do_what_the_scenario_expects(scenario: Scenario, store_url: str, tmp_path: Path) -> None:
-    with Farm(store_url, tmp_path, reserve_after_seconds=scenario.reserve_after) as farm, farm.entered():
+@pytest.mark.parametrize(
+    ("scenario", "made_store_url"),
+    list(zip(REAL, itertools.cycle(["sqlite", "postgresql"]), strict=False)),
+    ids=lambda value: getattr(value, "name", value),
+    indirect=["made_store_url"],
+)
+def test_real_workers_do_what_the_scenario_expects(scenario: Scenario, made_store_url: str, tmp_path: Path) -> None:
+    with Farm(made_store_url, tmp_path, reserve_after_seconds=scenario.reserve_after) as farm, farm.entered():
         submitted: dict[int, aque.Handle] = {}
         with aque.graph():  # all is there before anybody looks
             for task in scenario.tasks:

@@ -5,15 +5,12 @@ from collections.abc import Iterator
 import pytest
 
 from aque import settings
-from aque.store import Store, open_store, schema
-from aque.store.engine import open_engine
+from aque.store import Store, open_store
 
 
 @pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    configured = settings.load({"AQUE_BROKER": store_url})
-    schema.upgrade(open_engine(configured.store_url))
-    opened = open_store(configured)
+def store(made_store_url: str) -> Iterator[Store]:
+    opened = open_store(settings.load({"AQUE_BROKER": made_store_url}))
     yield opened
     with opened.connect() as connection:
         assert opened.doctor(connection) == []

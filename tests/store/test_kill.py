@@ -160,10 +160,10 @@ def test_children_go_with_their_parents_in_either_mode(store: Store, mode: str) 
 def test_children_of_a_parent_that_has_ended_are_still_its_children(store: Store) -> None:
     parent, child = ids(store, 2)
     submit(store, [after(parent)])
-    run(store, worker(store), parent)
+    (task,) = claim(store, [parent], worker(store))
     submit(store, [replace(after(child), parent_id=parent)])
-    assert kill(store, parent).cancelled == []
-    assert kill(store, parent, dependencies=True).cancelled == [child]
+    assert finish(store, outcome(task, State.ERROR)).ended == {parent: State.ERROR}
+    assert kill(store, parent).cancelled == [child]
 
 
 def test_both_ways_together_take_what_the_dependents_need(store: Store) -> None:

@@ -16,7 +16,7 @@ from aque import contain
 from aque.processes import descendants, is_over
 
 def wait_until(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -31,10 +31,10 @@ env -i /bin/sleep 1000 &
 (trap "" TERM; exec sleep 1000) &
 (setsid sh -c "sleep 1000 & exit" &)
 '''
-# A fork of the shell that is not sleep yet would drop a TERM.
+# A fork of the shell that is not sleep yet would drop a TERM; and sleep may get its TERM, and end, before the shell gets one.
 STAYS = '''
 trap "echo tidied; exit" TERM; sleep 1000 &
-until read name </proc/$!/comm && [ $name = sleep ]; do :; done; echo; wait
+until read name </proc/$!/comm && [ $name = sleep ]; do :; done; echo; while :; do wait; done
 '''
 """
 
@@ -45,7 +45,7 @@ def run(code: str) -> str:
         [sys.executable, "-W", "ignore", "-c", COMMON + textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         cwd=ROOT,
         env=dict(os.environ),
         check=False,
@@ -100,8 +100,8 @@ def test_a_grace_lets_processes_end_by_themselves_and_ends_early_when_they_have(
         began = time.monotonic()
         for pid in contain.present():
             os.kill(pid, signal.SIGTERM)
-        contain.leave_nothing(before, 15.0)
-        print(tidy.stdout.read().decode().strip(), time.monotonic() - began < 10, descendants(os.getpid()))
+        contain.leave_nothing(before, 100.0)
+        print(tidy.stdout.read().decode().strip(), time.monotonic() - began < 90, descendants(os.getpid()))
         """
     )
     assert shown == "tidied True []"

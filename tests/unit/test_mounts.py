@@ -29,7 +29,7 @@ class Host:
     def told(self, ask: Callable[[], mounts.Seen | None]) -> Seen:
         """The answer, asked again when the bell has rung."""
         while (answer := ask()) is None:
-            assert self.rung.wait(20), "nobody has told that there is an answer"
+            assert self.rung.wait(60), "nobody has told that there is an answer"
             self.rung.clear()
         return answer
 
@@ -53,7 +53,7 @@ def host() -> Iterator[Host]:
 
 def test_what_is_not_known_yet_is_told_when_it_is(host: Host, tmp_path: Path) -> None:
     assert host.mounts.seen((bytes(tmp_path),)) is None
-    assert host.rung.wait(20)
+    assert host.rung.wait(60)
     found = host.mounts.seen((bytes(tmp_path),))
     assert found is not None and all(source.startswith("host7:") for source in found.sources)
 
@@ -181,12 +181,12 @@ def test_old_answers_are_served_while_a_new_look_is_under_way(
     assert host.missing(path) == {path: "No such file or directory"}
     wait_until(lambda: not looks())
     may_look, look = threading.Event(), mounts._look
-    monkeypatch.setattr(mounts, "_look", lambda *args: may_look.wait(20) and look(*args))
+    monkeypatch.setattr(mounts, "_look", lambda *args: may_look.wait(60) and look(*args))
     host.rung.clear()
     path.touch()
     assert host.mounts.missing([bytes(path)]) == {bytes(path): "No such file or directory"}
     may_look.set()
-    assert host.rung.wait(20), "what has changed is told"
+    assert host.rung.wait(60), "what has changed is told"
     assert host.mounts.missing([bytes(path)]) == {}
 
 

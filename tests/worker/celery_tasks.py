@@ -100,9 +100,9 @@ def cancelling(gate: str) -> None:
 
 
 @aque.task
-def recurse(depth: int) -> int:
+def recurse(depth: int, queue: str | None = None) -> int:
     """Waits for a task like itself, `depth` deep."""
-    return 0 if depth == 0 else 1 + int(recurse.delay(depth - 1).get(timeout=120))
+    return 0 if depth == 0 else 1 + int(recurse.apply_async((depth - 1,), queue=queue or "celery").get(timeout=120))
 
 
 @aque.task(bind=True)
@@ -115,3 +115,16 @@ def tell(self: Any, gate: str) -> None:
 @aque.task(ignore_result=True)
 def ignored() -> int:
     return 7
+
+
+@aque.task(rate_limit="10/s")
+def rare() -> float:
+    return time.time()
+
+
+@aque.task
+def inherits() -> list[Any]:
+    """What a child of this task is given: [priority, queue, host, parent]."""
+    child = value.delay()
+    (row,) = aque.tasks({"id": child.number}, ["priority", "queue", "host", "parent_id"])
+    return list(row.values())

@@ -47,8 +47,8 @@ def farm(served_farm: Farm) -> Iterator[Farm]:
 
 
 @pytest.fixture
-def own_farm(store_url: str, tmp_path: Path) -> Iterator[Farm]:
+def own_farm(made_store_url: str, tmp_path: Path) -> Iterator[Farm]:
     """A farm without a worker; the doctor finds it sound after the test, and no process of it is left."""
-    with Farm(store_url, tmp_path) as farm, farm.entered():
+    with Farm(made_store_url, tmp_path) as farm, farm.entered():
         yield farm
         assert farm.findings() == []

@@ -11,6 +11,7 @@ import pytest
 import aque
 from aque import control
 from aque.machine import user_name
+from tests.conftest import ON_POSTGRESQL, ON_SQLITE
 from tests.filesystems import FileSystems, without_cache
 from tests.servers import wait_until
 from tests.users import User, two_users
@@ -91,6 +92,7 @@ def test_a_file_system_is_used_by_no_more_tasks_than_the_settings_say_on_all_wor
     assert used(own_farm) == {"io:nas1:/shots": 0, "io:nas2:/tex": 0}
 
 
+@ON_SQLITE
 def test_tasks_whose_files_are_in_memory_start_first(own_farm: Farm, on_disk: Path, tmp_path: Path) -> None:
     own_farm.start_worker("-c", "1", cpus=1)
     record, gate = tmp_path / "record", tmp_path / "gate"
@@ -116,6 +118,7 @@ def test_tasks_whose_files_are_in_memory_start_first(own_farm: Farm, on_disk: Pa
     assert order == [1, 3, 5, 0, 2, 4]
 
 
+@ON_POSTGRESQL
 def test_a_file_system_that_does_not_answer_stops_only_what_requires_it(
     own_farm: Farm, file_systems: FileSystems
 ) -> None:
@@ -133,6 +136,7 @@ def test_a_file_system_that_does_not_answer_stops_only_what_requires_it(
     worker.stop()  # it can, with a look that never returns
 
 
+@ON_SQLITE
 def test_a_task_runs_as_soon_as_the_path_that_it_requires_is_there(own_farm: Farm, tmp_path: Path) -> None:
     own_farm.start_worker("-c", "1", cpus=2)
     path = tmp_path / "shots"

@@ -131,7 +131,7 @@ def test_what_was_claimed_ahead_does_not_wait_behind_a_long_task_while_another_w
     short = [tasks.started.delay(str(tmp_path / "short")) for _ in range(20)]
     wait_until((tmp_path / "long").exists, LIMIT, "the long one runs")
     own_farm.start_worker("-c", "1", name="idle", cpus=1)
-    assert [task.get(timeout=20) for task in short] == [1] * 20
+    assert [task.get(timeout=LIMIT) for task in short] == [1] * 20
     assert own_farm.state(long) == "running"
     gate.touch()
     assert long.get(timeout=LIMIT) == 1

@@ -13,6 +13,7 @@ import aque
 from aque import settings
 from aque.store.engine import file_system
 from aque.submitter import Options, Submitter
+from tests.conftest import ON_POSTGRESQL, ON_SQLITE
 from tests.servers import wait_until
 from tests.worker import tasks
 from tests.worker.farm import LIMIT_SECONDS, PROGRAMS, Farm
@@ -76,6 +77,7 @@ def test_so_do_functions_in_the_pool_each_its_own(farm: Farm, tmp_path: Path) ->
         assert row["written_bytes"] < 5 * MIB
 
 
+@ON_SQLITE
 def test_a_child_of_the_pool_forgets_the_size_of_an_earlier_function(own_farm: Farm) -> None:
     own_farm.start_worker("-c", "1", cpus=1)
     sizes = []
@@ -103,6 +105,7 @@ def test_what_could_not_be_started_has_used_nothing(farm: Farm) -> None:
 # -- CPUs -----------------------------------------------------------------------------------------------------------------
 
 
+@ON_POSTGRESQL
 @pytest.mark.skipif(len(CPUS) < 2, reason="there is nothing to choose from")
 def test_a_pinned_worker_binds_each_task_to_as_many_cpus_as_it_reserves(own_farm: Farm, tmp_path: Path) -> None:
     own_farm.start_worker("-c", "2", cpus=2, pin=True)
@@ -122,6 +125,7 @@ def test_a_pinned_worker_binds_each_task_to_as_many_cpus_as_it_reserves(own_farm
     assert shown(own_farm, python(SHOW, cpus=2))[0] == CPUS[:2]
 
 
+@ON_SQLITE
 @pytest.mark.skipif(len(CPUS) < 2, reason="there is nothing to choose from")
 def test_a_pinned_worker_binds_functions_and_frees_their_child_afterwards(own_farm: Farm) -> None:
     worker = own_farm.start_worker("-c", "1", cpus=2, pin=True)
@@ -139,6 +143,7 @@ def test_without_pinning_nothing_is_bound(farm: Farm) -> None:
 # -- resources ------------------------------------------------------------------------------------------------------------
 
 
+@ON_POSTGRESQL
 def test_each_task_sees_the_numbers_of_its_own_pieces(own_farm: Farm, tmp_path: Path) -> None:
     own_farm.start_worker("-c", "2", cpus=4, resources="gpu=[1,3],licence=2")
     gate = tmp_path / "gate"
@@ -162,6 +167,7 @@ def test_each_task_sees_the_numbers_of_its_own_pieces(own_farm: Farm, tmp_path: 
     assert "AQUE_GPU_INDICES" not in tasks.environment.delay().get(timeout=LIMIT)
 
 
+@ON_SQLITE
 def test_a_child_does_not_inherit_the_numbers_of_its_parent(own_farm: Farm) -> None:
     own_farm.start_worker("-c", "1", cpus=2, resources="gpu=1", set_threads=True)
     words = [str(PROGRAMS / "aque"), "submit", "--cpus", "2", "--", sys.executable, "-c", SHOW]
@@ -172,6 +178,7 @@ def test_a_child_does_not_inherit_the_numbers_of_its_parent(own_farm: Farm) -> N
     assert (variables["AQUE_CPUS"], variables["OMP_NUM_THREADS"]) == ("2", "2")
 
 
+@ON_POSTGRESQL
 def test_what_is_handed_over_at_a_restart_keeps_its_numbers_and_cpus_and_nobody_else_gets_them(
     own_farm: Farm, tmp_path: Path
 ) -> None:
@@ -196,6 +203,7 @@ def test_what_is_handed_over_at_a_restart_keeps_its_numbers_and_cpus_and_nobody_
 # -- threads --------------------------------------------------------------------------------------------------------------
 
 
+@ON_SQLITE
 def test_tasks_are_told_how_many_threads_they_have_cpus_for_unless_they_say_it_themselves(own_farm: Farm) -> None:
     own_farm.start_worker("-c", "1", cpus=4, set_threads=True, env={"OMP_NUM_THREADS": "64"})
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")

@@ -206,9 +206,9 @@ def test_the_tree_of_another_users_command_is_gone_after_a_kill(roots_farm: Farm
     assert not [process.pid for process in psutil.process_iter(["uids"]) if process.info["uids"].real == user.uid]
 
 
-def test_limits_of_the_setting_hold(store_url: str, user: User, tmp_path: Path) -> None:
+def test_limits_of_the_setting_hold(made_store_url: str, user: User, tmp_path: Path) -> None:
     chosen = {"unsafe_allow_root_sqlite": True, "rlimits": "nofile=100:200,core=0"}
-    with Farm(store_url, tmp_path, **chosen) as farm, farm.entered():
+    with Farm(made_store_url, tmp_path, **chosen) as farm, farm.entered():
         farm.start_worker("-c", "1")
         for task in (
             aque.shell(script("ulimit -n; ulimit -Hn; ulimit -c"), user=name, cwd="/") for name in ("", user.name)
@@ -234,6 +234,9 @@ def test_in_a_store_of_one_person_nobody_else_can_be_named(farm: Farm, user: Use
 
 # -- another interpreter ----------------------------------------------------------------------------------------------------
 
+#: No database has a part in it.
+on_one_database = pytest.mark.parametrize("served_farm", ["sqlite"], indirect=True)
+
 
 @pytest.fixture(scope="module")
 def own_python(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -252,12 +255,14 @@ def me(tmp_path: Path) -> User:
     return User("", os.geteuid(), os.getegid(), tmp_path, 0)
 
 
+@on_one_database
 def test_a_function_runs_under_another_interpreter_in_its_directory(farm: Farm, me: User) -> None:
     found = call(farm, me, "who", 1, [2, {"3": None}]).get(timeout=LIMIT)
     assert os.path.samefile(found["executable"], PYTHON)
     assert (found["cwd"], found["args"]) == (str(me.home), [1, [2, {"3": None}]])
 
 
+@on_one_database
 def test_a_function_under_the_systems_python_submits_a_child(farm: Farm, me: User) -> None:
     parent = call(farm, me, "submit", str(PROGRAMS / "aque"))
     child = int(parent.get(timeout=LIMIT))
@@ -265,6 +270,7 @@ def test_a_function_under_the_systems_python_submits_a_child(farm: Farm, me: Use
     assert farm.wait_for_state(child, "success")
 
 
+@on_one_database
 def test_a_function_in_a_virtual_environment_of_its_own_submits_a_child(farm: Farm, own_python: str) -> None:
     parent = tasks.submit_one_more.apply_async(interpreter=own_python)
     child = parent.get(timeout=LIMIT)
@@ -272,6 +278,7 @@ def test_a_function_in_a_virtual_environment_of_its_own_submits_a_child(farm: Fa
     assert tasks.whoami.AsyncResult(str(child)).get(timeout=LIMIT)["parent_id"] == parent.number
 
 
+@on_one_database
 @pytest.mark.parametrize(
     "value",
     [
@@ -295,6 +302,7 @@ def test_values_and_results_of_dependencies_survive_the_way_there_and_back(
     assert second.get(timeout=LIMIT) == [value]
 
 
+@on_one_database
 def test_an_exception_comes_back_with_its_traceback(farm: Farm, me: User) -> None:
     task = call(farm, me, "fail")
     with pytest.raises(ValueError, match="no luck"):
@@ -303,6 +311,7 @@ def test_an_exception_comes_back_with_its_traceback(farm: Farm, me: User) -> Non
     assert "in fail" in task.traceback
 
 
+@on_one_database
 @pytest.mark.parametrize(
     ("name", "reason", "text"),
     [
@@ -323,6 +332,7 @@ def test_other_ends_are_errors_with_a_reason(farm: Farm, me: User, name: str, re
     assert error.reason == reason
 
 
+@on_one_database
 def test_a_module_with_tasks_of_aque_needs_no_aque_there(farm: Farm, me: User) -> None:
     (me.home / "decorated.py").write_text(
         "import aque, sys\n@aque.task\ndef plain(): return sys.executable\n"
@@ -337,10 +347,12 @@ def test_a_module_with_tasks_of_aque_needs_no_aque_there(farm: Farm, me: User) -
     assert farm.row(other)["cpus"] == "0.5", "unless the command line says otherwise"
 
 
+@on_one_database
 def test_an_interpreter_that_is_not_there_is_an_error(farm: Farm, me: User) -> None:
     assert failure(call(farm, me, "who", interpreter="/no/such/python")).reason == "not_found"
 
 
+@on_one_database
 def test_a_time_limit_ends_a_function_under_another_interpreter_with_its_tree(farm: Farm, me: User) -> None:
     task = call(farm, me, "hang", time_limit="0.5s")
     assert failure(task).reason == "time_limit"

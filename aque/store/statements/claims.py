@@ -35,13 +35,18 @@ def ready_classes() -> sa.CTE:
 @cache
 def candidates(dialect: str, left_out: bool = False) -> Statement:
     """The first `limit` ready tasks of each requirement class, without the classes in `unfit`; with `left_out`, without the
-    tasks in `tasks` and those of the jobs in `jobs`, which the index passes over one by one."""
+    tasks in `tasks`, those of the jobs in `jobs` and those with a name in `names`, which the index passes over one by one."""
     found = ready_classes()
     fit = sa.select(found.c.id).where(found.c.id.is_not(None), sa.not_(one_of(dialect, found.c.id, "unfit"))).cte("fit")
     may_be_claimed = is_state(State.READY)
     if left_out:
-        others = (sa.not_(one_of(dialect, task.c.id, "tasks")), sa.not_(one_of(dialect, task.c.job_id, "jobs")))
-        may_be_claimed = sa.and_(may_be_claimed, *others)
+        names: sa.BindParameter[str] = sa.bindparam("names", expanding=True)
+        may_be_claimed = sa.and_(
+            may_be_claimed,
+            sa.not_(one_of(dialect, task.c.id, "tasks")),
+            sa.not_(one_of(dialect, task.c.job_id, "jobs")),
+            task.c.name.not_in(names),
+        )
     wanted = per_class(
         dialect,
         fit,
@@ -250,6 +255,6 @@ def usage() -> Statement:
                 requirement, requirement.c.id == task.c.requirement_id
             )
         )
-        .where(is_state(State.RUNNING))
+        .where(is_state(State.RUNNING), sa.not_(task.c.blocked))
         .group_by(requirement.c.user, requirement.c.cpus, worker.c.cpus)
     )

@@ -145,7 +145,7 @@ def _finish(row: Any) -> Any:
             signal=row.signal,
             truncated=row.truncated,
             started_at=sa.func.coalesce(task.c.started_at, row.started_at),
-            finished_at=sa.case((waiting, sa.null()), else_=row.ended_at),
+            finished_at=sa.case((sa.or_(waiting, postponed), sa.null()), else_=row.ended_at),
             ready_at=sa.case((sa.or_(lost, repeat, row.again), row.ended_at), else_=task.c.ready_at),
             token=None,
             blocked=False,
@@ -172,7 +172,7 @@ def leave() -> Statement:
             kill_signal=None,
             kill_grace=None,
             blocked=False,
-            finished_at=wall_clock(),
+            finished_at=sa.case((is_not_being_ended(), sa.null()), else_=wall_clock()),
         )
         .returning(*MOVED)
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from aque.states import ACTIVE_STATES, COMPLETE_STATES, State
+from aque.states import COMPLETE_STATES, State
 from aque.store.statements.common import (
     ON_WORKER,
     Statement,
@@ -107,7 +107,7 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
             sa.or_(task.c.token.is_(None), worker.c.id.is_(None), worker.c.state != "live"),
         ),
         "I4 a task that is not active has no claim": sa.select(task.c.id).where(
-            task.c.state.not_in([s.value for s in ACTIVE_STATES]), task.c.token.is_not(None)
+            task.c.state.not_in([s.value for s in ON_WORKER]), task.c.token.is_not(None)
         ),
         "I1 a task has a payload": sa.select(task.c.id)
         .select_from(task.outerjoin(payload, payload.c.task_id == task.c.id))
@@ -134,7 +134,8 @@ def reservations() -> Statement:
             worker.c.cpus.label("worker_cpus"),
             worker.c.memory_bytes.label("worker_memory"),
             task.c.id.label("task_id"),
-            requirement.c.cpus,
+            # What waits inside for other tasks has lent its CPUs, and nothing else.
+            sa.case((task.c.blocked, "0"), else_=requirement.c.cpus).label("cpus"),
             requirement.c.memory_bytes,
         )
         .select_from(

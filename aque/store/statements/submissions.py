@@ -125,6 +125,24 @@ def now() -> Statement:
 
 
 @cache
+def calls_of() -> Statement:
+    """What the tasks with these `celery_ids` call."""
+    return (
+        sa.select(task.c.celery_id, task.c.id, task.c.state, payload.c.function, payload.c.arguments, payload.c.argv)
+        .select_from(task.outerjoin(payload, payload.c.task_id == task.c.id))
+        .where(task.c.celery_id.in_(sa.bindparam("celery_ids", expanding=True)))
+    )
+
+
+@cache
+def inherited() -> Statement:
+    """What the children of `which` have of it."""
+    return sa.select(task.c.requirement_id, task.c.priority).where(
+        task.c.id == sa.bindparam("which"), task.c.requirement_id.is_not(None)
+    )
+
+
+@cache
 def ids_of_celery_ids() -> Statement:
     return sa.select(task.c.celery_id, task.c.id).where(
         task.c.celery_id.in_(sa.bindparam("celery_ids", expanding=True))
