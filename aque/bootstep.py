@@ -106,6 +106,7 @@ class ConsumerStep(bootsteps.StartStopStep):
             consumer.on_task_request = lambda request: aque.charge(request, self._handle)
             for name in ("add_task_queue", "cancel_task_queue"):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
+        consumer.call_soon_ack = aque.acks.soon
         _look_up_from_waiting(consumer.connection)
         aque.eventer.dispatcher = dispatcher = consumer.event_dispatcher
         # Strategies close over the handler that was there before, and over who sends the events of ordinary tasks: in the

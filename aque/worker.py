@@ -15,6 +15,7 @@ from celery.utils.time import rate
 from celery.worker import state as celery_state
 
 from aque import machine, reload, restart
+from aque.acks import Acks
 from aque.announcer import Announcer
 from aque.assignments import Assignments
 from aque.chooser import Place, runs_in_pool
@@ -80,6 +81,7 @@ class AqueWorker:
         self.ledger = Ledger(self.whole)
         self.eventer = EventQueue(worker.app, worker.hostname, self._described)
         self.announcer = Announcer(self.eventer)
+        self.acks = Acks()
         self.heartbeat: Heartbeat | None = None
         self.tags = parse_tags(settings.tags)
         place = Place(
@@ -148,6 +150,7 @@ class AqueWorker:
             (lambda: None) if self.strangers is None else self.strangers.look,
         )
         self.eventer.start()
+        self.acks.start()
         self.line.start()
         self.scheduler.start()
         self.heartbeat.start()
@@ -179,6 +182,7 @@ class AqueWorker:
             self.heartbeat.stop()
         self.line.stop()
         self.eventer.stop(1.0)
+        self.acks.stop(1.0)
         attempts = self.scheduler.attempts()
         commands = self.commands.export({a.command: i for i, a in attempts.items() if a.command is not None})
         scheduler = self.scheduler.export(commands["running"])
@@ -328,6 +332,7 @@ class AqueWorker:
             self.heartbeat.stop()
         self.commands.stop()
         self.eventer.stop(1.0)
+        self.acks.stop(1.0)
         try:
             if clean:
                 with self.store.connect() as connection:
