@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import hypothesis
 import pytest
 
 from aque import residency, settings
@@ -41,6 +42,10 @@ def start(server: Callable[[], AnyServer]) -> AnyServer:
         pytest.fail(f"{reason} Continuous integration skips nothing for a missing program.", pytrace=False)
     pytest.skip(reason)
 
+
+# On a busy machine anything may be slow at times.
+hypothesis.settings.register_profile("aque", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("aque")
 
 #: Directories with the tests that take long, first: what runs last should be short.
 ORDER = ("faults", "scenarios", "worker", "transport", "cli", "store", "unit")

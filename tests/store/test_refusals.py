@@ -137,7 +137,7 @@ def test_a_task_that_was_killed_meanwhile_does_not_go_elsewhere(store: Store, ba
     (task,) = claim(store, [new], bad)
     with store.begin() as connection:
         assert store.kill(connection, [new], 15).requested == [new]
-    assert refuse(store, task).ended == {new: State.ERROR}
+    assert refuse(store, task).ended == {new: State.KILLED}
     assert (ready(store), hosts(store, new)) == ([], [])
 
 

@@ -60,6 +60,8 @@ def served(
         elif name == "redis":
             server = stack.enter_context(Redis(durable=True))
             celery_broker = {"celery_broker": server.url}
+            # What a worker had when Redis went away is for another one after Celery's visibility timeout: an hour by default.
+            env = {"TEST_VISIBILITY_SECONDS": "5", **(env or {})}
         farm = stack.enter_context(Farm(url, directory, **celery_broker, **chosen))
         stack.enter_context(farm.entered())
         worker = farm.start_worker("-c", "3", *words, app=APP, cpus=4, env=env)

@@ -90,7 +90,10 @@ def parent(*calls: tuple[str, list[Any]], then: str = "") -> int:
     return len(calls)
 
 
-detaching = aque.task(children="detach", name="tests.worker.celery_tasks.detaching")(parent.run)
+@aque.task(children="detach")
+def detaching(gate: str) -> int:
+    held.delay(gate)
+    return 1
 
 
 @aque.task(children="cancel")

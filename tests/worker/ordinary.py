@@ -12,6 +12,8 @@ import aque
 from tests.worker.tasks import append, wait_for
 
 app = aque.setup(Celery("ordinary", backend=os.environ.get("TEST_BACKEND", "rpc://"), include=["tests.worker.tasks"]))
+if seconds := os.environ.get("TEST_VISIBILITY_SECONDS"):  # after so long Redis gives a message to another worker
+    app.conf.broker_transport_options = {"visibility_timeout": float(seconds)}
 app.conf.worker_pool_restarts = bool(os.environ.get("TEST_POOL_RESTARTS"))
 
 

@@ -134,7 +134,7 @@ def test_a_child_that_fails_fails_its_parent(farm: Farm) -> None:
 
 def test_children_may_be_nothing_to_their_parent(farm: Farm, tmp_path: Path) -> None:
     gate = str(tmp_path / "gate")
-    task = tasks.detaching.delay(("held", [gate]))
+    task = tasks.detaching.delay(gate)
     assert task.get(timeout=LIMIT) == 1
     assert farm.counts().get("running", 0) + farm.counts().get("ready", 0) == 1
     (tmp_path / "gate").touch()
@@ -189,7 +189,7 @@ def test_a_task_that_waits_for_others_can_be_killed(own_farm: Farm) -> None:
 
 def test_too_many_that_wait_get_an_error_in_place_of_a_deadlock(own_farm: Farm) -> None:
     own_farm.start_worker("-c", "1", cpus=1, most_blocked=2)
-    with pytest.raises(RemoteError):
+    with pytest.raises(BadInput, match="most_blocked"):
         tasks.recurse.delay(3).get(timeout=LIMIT)
     assert tasks.recurse.delay(2).get(timeout=LIMIT) == 2
 

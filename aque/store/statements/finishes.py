@@ -129,6 +129,8 @@ def _finish(row: Any) -> Any:
                 (sa.and_(row.again, is_not_being_ended()), State.READY.value),
                 (row.again, State.KILLED.value),
                 (repeat, State.READY.value),
+                # Whether its signal came in time or what it needed was killed first: it was killed.
+                (sa.and_(row.state == State.ERROR, sa.not_(is_not_being_ended())), State.KILLED.value),
                 (waiting, State.WAITING.value),
                 (bereft, State.ERROR.value),
                 else_=row.state,
@@ -140,7 +142,12 @@ def _finish(row: Any) -> Any:
             - sa.case((sa.and_(row.state == State.CANCELLED, row.reason == Reason.REQUEST), 1), else_=0),
             lost=task.c.lost + sa.case((lost, 1), else_=0),
             failed=task.c.failed + sa.case((sa.and_(row.state == State.ERROR, row.counts), 1), else_=0),
-            reason=sa.case((waiting, sa.null()), (bereft, Reason.CHILD.value), else_=row.reason),
+            reason=sa.case(
+                (waiting, sa.null()),
+                (bereft, Reason.CHILD.value),
+                (sa.and_(row.state == State.ERROR, sa.not_(is_not_being_ended())), Reason.REQUEST.value),
+                else_=row.reason,
+            ),
             exit_code=row.exit_code,
             signal=row.signal,
             truncated=row.truncated,
