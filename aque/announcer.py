@@ -50,11 +50,16 @@ class Announcer:
         while len(self._held) > HELD:
             self._held.popitem(last=False)
 
-    def written(self, outcomes: Sequence[Outcome], finished: Finished) -> None:
-        """These outcomes are in the table, with what they have set in motion."""
+    def written(self, outcomes: Sequence[Outcome], released: Released) -> None:
+        """These outcomes are in the table, with what they, or the time, have set in motion."""
         if not self._eventer.enabled:
             self._held.clear()
             return
+        if isinstance(released, Finished):
+            self._ended(outcomes, released)
+        self.released(released)
+
+    def _ended(self, outcomes: Sequence[Outcome], finished: Finished) -> None:
         repeated = set(finished.repeated)
         self._eventer.send_about("task-waiting", finished.waiting)
         for outcome in outcomes:
@@ -64,7 +69,6 @@ class Announcer:
                     self._eventer.send_about(kind, [outcome.id], **fields)
                 else:
                     self._eventer.send(kind, uuid=uuid, **fields)
-        self.released(finished)
 
     def released(self, released: Released) -> None:
         """What ended, or became ready, because something else did or because it was time."""

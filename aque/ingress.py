@@ -25,7 +25,7 @@ from celery.worker.strategy import proto1_to_proto2
 from aque import codec
 from aque.backend import Backend
 from aque.celery_task import function_name
-from aque.errors import BadInput, StoreError
+from aque.errors import AqueError, BadInput, StoreError
 from aque.handles import DEPENDENCY_OPTIONS, edges_of, known_options
 from aque.settings import Settings
 from aque.store import DatabaseError, is_data_error
@@ -122,6 +122,8 @@ def strategy(task: Any, app: Celery, consumer: Any, **_: Any) -> Callable[..., N
 
 def _refuse(request: Request, error: Exception) -> None:
     logger.error("%s[%s] is refused: %s", NAME, request.id, _first_line(error))
+    # One that a producer's Celery can make again from its text.
+    error = BadInput(str(error)) if isinstance(error, AqueError) else error
     _answer(request, lambda backend, options: backend.mark_as_failure(request.id, error, **options))
     request.acknowledge()
     request.send_event("task-failed", exception=f"{type(error).__name__} {error}", traceback="")

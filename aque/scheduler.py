@@ -28,7 +28,17 @@ from aque.rates import Rates
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
-from aque.store import DatabaseError, Finished, Kill, Store, can_run_again, is_data_error, one_statement, transaction
+from aque.store import (
+    DatabaseError,
+    Finished,
+    Kill,
+    Released,
+    Store,
+    can_run_again,
+    is_data_error,
+    one_statement,
+    transaction,
+)
 from aque.values import ClaimedTask, Outcome, ReadyTask
 
 logger = logging.getLogger(__name__)
@@ -127,7 +137,8 @@ class Scheduler:
 
     `start_task` starts an attempt, with what is reserved for it, and never raises; `on_end` is called when an `until` is
     reached, `on_news` when the worker's row should tell something else of what it avoids, `on_written` after each commit that
-    has written outcomes (it must not wait for anything); once `is_urgent` is true, whatever runs is killed and given back.
+    has written outcomes or released something (it must not wait for anything); once `is_urgent` is true, whatever runs is
+    killed and given back.
     """
 
     def __init__(
@@ -144,7 +155,7 @@ class Scheduler:
         is_urgent: Callable[[], bool],
         ordered_rate: Callable[[str], float | None] = lambda name: None,
         on_news: Callable[[], None] = lambda: None,
-        on_written: Callable[[list[Outcome], Finished], None] = lambda outcomes, finished: None,
+        on_written: Callable[[list[Outcome], Released], None] = lambda outcomes, released: None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -556,6 +567,7 @@ class Scheduler:
                 released = self._store.advance(connection)
             doorbell.ring(connection, {doorbell.READY, doorbell.DONE} if released.expired else {doorbell.READY})
             self._look_ready = True
+            self._on_written([], released)
             seconds = self._store.next_time(connection)
         self._times_at = None if seconds is None else time.monotonic() + seconds
 
