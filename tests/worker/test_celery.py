@@ -286,11 +286,20 @@ def test_tasks_start_and_finish_with_redis_while_it_hangs_and_while_it_is_gone(
         Farm(url, tmp_path, celery_broker=own_redis.url) as farm,
         farm.entered(),
     ):
-        worker = farm.start_worker("-c", "2", "-E", cpus=2)
-        client = farm.client(own_redis.url)
+        worker = farm.start_worker("-c", "2", "-E", app=ORDINARY, cpus=2)
+        client, notes = farm.client(own_redis.url), tmp_path / "notes"
         worker.wait_until_it_answers(client)
-        keep_running(farm, 3, trouble=own_redis.pause)
+
+        def hang_amid_ordinary_tasks() -> None:
+            """Some have ended, some run: their events and acknowledgements are under way."""
+            for n in range(6):
+                client.send_task(f"{ORDINARY}.note", (str(notes), str(n), 0.3))
+            wait_until(notes.exists, LIMIT, "the first has run")
+            own_redis.pause()
+
+        keep_running(farm, 3, trouble=hang_amid_ordinary_tasks)
         own_redis.resume()
+        wait_until(lambda: len(set(notes.read_text().split())) == 6, LIMIT, "the ordinary tasks have run")
         worker.wait_until_it_answers(client)
         keep_running(farm, 3, trouble=lambda: own_redis.stop("kill"))
         own_redis.start()
