@@ -32,6 +32,7 @@ from aque.errors import BadSetting
 from aque.farm import farm_of, settings_of
 from aque.inprocess import InProcess, SoloPool, in_process
 from aque.pool import TaskPool
+from aque.publisher import AlwaysEnabled
 from aque.signals import WorkerSignals
 from aque.store import open_store, unchecked_store
 from aque.worker import AqueWorker, whole_of
@@ -120,9 +121,14 @@ class ConsumerStep(bootsteps.StartStopStep):
             consumer.on_task_request = lambda request: aque.charge(request, self._handle)
             for name in ("add_task_queue", "cancel_task_queue"):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
+        consumer.call_soon_ack = aque.acks.soon
         _look_up_from_waiting(consumer.connection)
-        consumer.update_strategies()  # they have closed over the handler that was there before
-        aque.eventer.dispatcher = consumer.event_dispatcher
+        aque.eventer.dispatcher = dispatcher = consumer.event_dispatcher
+        # Strategies close over the handler that was there before, and over who sends the events of ordinary tasks: in the
+        # thread that reads the pool's results, which a broker that hangs must not hold up.
+        consumer.event_dispatcher = AlwaysEnabled(aque.eventer) if dispatcher else dispatcher
+        consumer.update_strategies()
+        consumer.event_dispatcher = dispatcher
         self._serve(consumer, aque)
 
     def _serve(self, consumer: Any, aque: AqueWorker) -> None:

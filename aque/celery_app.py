@@ -10,7 +10,7 @@ from celery import Celery, current_app, shared_task
 from celery._state import get_current_task
 
 import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql with kombu
-from aque import canvas, current, machine, whole_app
+from aque import canvas, current, ingress, machine, whole_app
 from aque.bootstep import ConsumerStep, WorkerStep
 from aque.celery_task import Task
 from aque.errors import BadInput, NotSubmittable
@@ -182,6 +182,7 @@ def setup(app: Celery, tasks: str = "own") -> Celery:
     if app.configured:
         _configure(app)
     app.on_after_configure.connect(_configure, sender=app)  # anew whenever it is given another configuration
+    ingress.register(app)
     app.set_default()
     return app
 

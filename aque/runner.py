@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 #: Of the arguments, as events and `inspect` show them.
 SHOWN = 1024
+#: What stands for arguments that nobody is to see, see setting event_arguments.
+HIDDEN = "[hidden]"
 #: How a supervised command's end reads in the table.
 _REASONS = {
     "signal": Reason.SIGNAL,
@@ -72,15 +74,28 @@ class Listener(Protocol):
         """A command wrote to its stdout (1) or stderr (2)."""
 
 
+class Announcer(Protocol):
+    """Who tells Celery's monitors what became of attempts; see `announcer`."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody listens."""
+
+    def hold(self, claim: tuple[int, int], uuid: str, details: Mapping[str, Any]) -> None:
+        """An attempt has ended."""
+
+
 class _Row:
     """A row where Celery's Request expects a message."""
 
     content_type = "application/json"
     content_encoding = "utf-8"
 
-    def __init__(self, task: ClaimedTask) -> None:
+    def __init__(self, task: ClaimedTask, shows_arguments: bool) -> None:
         self.body = task.arguments
-        self.payload: tuple[Any, Any, dict[str, Any]] = _shown_arguments(task)
+        self.payload: tuple[Any, Any, dict[str, Any]] = (
+            shown_arguments(task.pattern, task.argv, task.arguments) if shows_arguments else (HIDDEN, HIDDEN, {})
+        )
         uuid = task.celery_id or str(task.id)
         self.headers = {
             **(task.extra.get("headers") or {}),
@@ -91,8 +106,8 @@ class _Row:
             "retries": task.failed,
             "stamps": task.extra.get("stamps") or {},
             "stamped_headers": task.extra.get("stamped_headers") or [],
-            "argsrepr": saferepr(self.payload[0], SHOWN),
-            "kwargsrepr": saferepr(self.payload[1], SHOWN),
+            "argsrepr": saferepr(self.payload[0], SHOWN) if shows_arguments else HIDDEN,
+            "kwargsrepr": saferepr(self.payload[1], SHOWN) if shows_arguments else HIDDEN,
             "root_id": str(task.job_id),
             "parent_id": None if task.parent_id is None else str(task.parent_id),
             "timelimit": (task.time_limit_seconds, task.soft_time_limit_seconds),
@@ -106,6 +121,12 @@ class _Request(Request):
 
     attempt: "Attempt"
     acknowledged = True
+
+    def send_event(self, kind: str, **fields: Any) -> None:
+        """Name the state: to Celery's monitors one that they do not know, of `task-ready`, goes before STARTED."""
+        if kind == "task-started":
+            fields["state"] = "STARTED"
+        super().send_event(kind, **fields)
 
     def revoked(self) -> bool:
         """Never: a kill is in the row, and was looked up when the task was claimed."""
@@ -137,14 +158,7 @@ class Attempt:
         self._command: RunningCommand | None = None
         self._next_byte = {1: 0, 2: 0}  #: of its output, by descriptor
         self._usage: Usage | None = None
-        self.request = _Request(
-            _Row(task),
-            app=runner.app,
-            hostname=runner.hostname,
-            eventer=runner.eventer,
-            task=runner.proxy_task,
-            decoded=False,
-        )
+        self.request = runner.request(task)
         self.request.attempt = self
 
     @property
@@ -543,23 +557,17 @@ class Attempt:
         # Before its reservation ends: the next one may need them.
         self._runner.assignments.release((task.id, task.attempt))
         self._runner.line.close(task)
+        if self._runner.announcer.is_wanted:
+            self._runner.announcer.hold((task.id, task.token), self.request.id, self._details(error, shown))
         self._runner.listener.finished(outcome)
-        if self._runner.eventer.enabled:
-            self._send_event(state, error, shown, ran)
 
-    def _send_event(self, state: State, error: bytes | None, shown: str, ran: float) -> None:
-        send = self.request.send_event
-        if state is State.SUCCESS:
-            send("task-succeeded", result=shown, runtime=ran)
-        elif state is State.KILLED:
-            send("task-revoked", terminated=True, signum=self.killed, expired=False)
-        elif state is State.ERROR:
-            fields = codec.decode_error(error)
-            send(
-                "task-failed",
-                exception=f"{fields['type']} {fields['message']}".strip() or shown,
-                traceback=fields["traceback"],
-            )
+    def _details(self, error: bytes | None, shown: str) -> dict[str, Any]:
+        """What events tell of the end."""
+        if error is None:
+            return {"result": shown, "exception": shown, "signum": self.killed}
+        fields = codec.decode_error(error)
+        exception = f"{fields['type']} {fields['message']}".strip() or shown
+        return {"exception": exception, "traceback": fields["traceback"], "signum": self.killed}
 
 
 class Runner:
@@ -573,6 +581,7 @@ class Runner:
         pool: Any,
         commands: CommandRunner,
         eventer: Any,
+        announcer: Announcer,
         settings: Settings,
         place: Place,
         listener: Listener,
@@ -586,6 +595,9 @@ class Runner:
         self.runs_functions_itself = isinstance(pool, InProcess)
         self.commands = commands
         self.eventer = eventer
+        self.announcer = announcer
+        #: (soft, hard) in seconds, by the names of tasks: for those that have none of their own, see `panel`.
+        self.time_limits: dict[str, tuple[float | None, float | None]] = {}
         self.settings = settings
         self.place = place
         self.listener = listener
@@ -610,6 +622,7 @@ class Runner:
 
     def start(self, task: ClaimedTask, need: Capacity) -> Attempt:
         """Start an attempt with `need` reserved; whatever goes wrong becomes its outcome."""
+        task = self._limited(task)
         attempt = Attempt(self, task)
         try:
             if task_received.receivers:
@@ -643,6 +656,29 @@ class Runner:
         except Exception as error:
             attempt.fail(error)
         return attempt
+
+    def request(self, task: ClaimedTask) -> "_Request":
+        """The task as Celery sees it."""
+        return _Request(
+            _Row(task, self.settings.event_arguments),
+            app=self.app,
+            hostname=self.hostname,
+            eventer=self.eventer,
+            task=self.proxy_task,
+            decoded=False,
+        )
+
+    def _limited(self, task: ClaimedTask) -> ClaimedTask:
+        """With the time limits that remote control has set for its name, where it has none of its own."""
+        if task.name not in self.time_limits:
+            return task
+        soft, hard = self.time_limits[task.name]
+        own_soft, own_hard = task.soft_time_limit_seconds, task.time_limit_seconds
+        return replace(
+            task,
+            soft_time_limit_seconds=soft if own_soft is None else own_soft,
+            time_limit_seconds=hard if own_hard is None else own_hard,
+        )
 
     def _other_user(self, task: ClaimedTask, variables: dict[str, str]) -> tuple[OtherUser | None, dict[bytes, bytes]]:
         """The user that a task's process becomes (None: none), and its environment."""
@@ -705,12 +741,12 @@ def _error(error: BaseException) -> bytes:
     return codec.encode_exception(error)
 
 
-def _shown_arguments(task: ClaimedTask) -> tuple[Any, Any, dict[str, Any]]:
+def shown_arguments(pattern: Pattern, argv: Sequence[bytes], arguments: bytes) -> tuple[Any, Any, dict[str, Any]]:
     """(args, kwargs, embedded) for Celery's eyes: decoded without kombu's types, which only the child needs."""
-    if task.pattern is Pattern.SHELL:
-        return [word.decode(errors="backslashreplace") for word in task.argv[:64]], {}, {}
+    if pattern is Pattern.SHELL:
+        return [word.decode(errors="backslashreplace") for word in argv[:64]], {}, {}
     try:
-        args, kwargs = json.loads(task.arguments)
+        args, kwargs = json.loads(arguments)
     except Exception:  # the child will say what is wrong with them
         return [], {}, {}
     return args, kwargs, {}

@@ -29,7 +29,17 @@ from aque.rates import Rates
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
-from aque.store import DatabaseError, Finished, Kill, Store, can_run_again, is_data_error, one_statement, transaction
+from aque.store import (
+    DatabaseError,
+    Finished,
+    Kill,
+    Released,
+    Store,
+    can_run_again,
+    is_data_error,
+    one_statement,
+    transaction,
+)
 from aque.values import ClaimedTask, Outcome, ReadyTask
 
 logger = logging.getLogger(__name__)
@@ -131,8 +141,9 @@ class Scheduler:
     """Claims, starts and finishes tasks for one worker.
 
     `start_task` starts an attempt, with what is reserved for it, and never raises; `on_end` is called when an `until` is
-    reached, `on_news` when the worker's row should tell something else of what it avoids; once `is_urgent` is true, whatever
-    runs is killed and given back.
+    reached, `on_news` when the worker's row should tell something else of what it avoids, `on_written` after each commit that
+    has written outcomes or released something (it must not wait for anything); once `is_urgent` is true, whatever runs is
+    killed and given back.
     """
 
     def __init__(
@@ -149,6 +160,7 @@ class Scheduler:
         is_urgent: Callable[[], bool],
         ordered_rate: Callable[[str], float | None] = lambda name: None,
         on_news: Callable[[], None] = lambda: None,
+        on_written: Callable[[list[Outcome], Released], None] = lambda outcomes, released: None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -158,6 +170,7 @@ class Scheduler:
         self._on_end = on_end
         self._is_urgent = is_urgent
         self._on_news = on_news
+        self._on_written = on_written
         self._mounts = Mounts(place.host, self.look)
         self._classes = Classes(store, settings, place, self._mounts)
         self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds, Rates(ordered_rate))
@@ -325,6 +338,11 @@ class Scheduler:
         """What runs now."""
         with self._lock:
             return [entry.task for entry in self._running.values()]
+
+    def buffered(self) -> list[ClaimedTask]:
+        """What is claimed and has not started."""
+        with self._lock:
+            return list(self._buffer)
 
     @property
     def is_drained(self) -> bool:
@@ -561,6 +579,7 @@ class Scheduler:
                 released = self._store.advance(connection)
             doorbell.ring(connection, {doorbell.READY, doorbell.DONE} if released.expired else {doorbell.READY})
             self._look_ready = True
+            self._on_written([], released)
             seconds = self._store.next_time(connection)
         self._times_at = None if seconds is None else time.monotonic() + seconds
 
@@ -677,6 +696,8 @@ class Scheduler:
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
         self._back_off([o for o in batch.outcomes if o.host_failure], finished.elsewhere)
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
+        if batch.outcomes:
+            self._on_written(batch.outcomes, finished)
 
     def _finish_alone(self, connection: Any, batch: Batch) -> bool:
         """Record a lone success, without the two round trips of a transaction. False: nothing was written."""
@@ -685,6 +706,7 @@ class Scheduler:
         self._writing = Batch()
         self._remember(batch.outcomes)
         doorbell.ring(connection, {doorbell.DONE})
+        self._on_written(batch.outcomes, Finished(ended={batch.outcomes[0].id: State.SUCCESS}))
         return True
 
     def _after_commit(

@@ -57,6 +57,16 @@ class Settings:
     reserve_after_seconds: float = _setting(
         10.0, "s", "a task that does not fit while smaller ones do gets room kept for it after so long", 0.0
     )
+    ingress_user: str = _setting(
+        "",
+        "name",
+        "as whom tasks run that come through the broker (`aque.submit`); empty: the worker's user, if it is no root",
+    )
+    event_arguments: bool = _setting(
+        True,
+        "yes/no",
+        "show the arguments of tasks in Celery's events and `celery inspect`; no: [hidden] in their place",
+    )
     io_hints: bool = _setting(True, "yes/no", "take the words of a command that are paths as its io_paths")
     io_limits: str = _setting(
         "",

@@ -350,7 +350,15 @@ class Submitter:
         return Redirections(**{what: None if path is None else _path(what, path) for what, path in named.items()})
 
     def function(
-        self, task_id: int, function: str, name: str, arguments: bytes, inputs: Sequence[int], options: Options
+        self,
+        task_id: int,
+        function: str,
+        name: str,
+        arguments: bytes,
+        inputs: Sequence[int],
+        options: Options,
+        *,
+        env: Mapping[bytes, bytes] | None = None,
     ) -> TaskSpec:
         """A function, given as "module:qualname", with its arguments as JSON of [args, kwargs]."""
         if options.strict_lease and not options.interpreter:
@@ -371,7 +379,9 @@ class Submitter:
             io_paths=_io_paths(options, cwd),
             umask=_umask(),
             # A pool's child has the worker's environment: only who runs it apart needs the submitter's.
-            environment=_environment(os.environb) if options.interpreter or self.settings.is_shared else b"",
+            environment=_environment(os.environb if env is None else env)
+            if options.interpreter or self.settings.is_shared
+            else b"",
             import_path=tuple(entry or os.getcwd() for entry in sys.path),
         )
 

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -17,6 +17,8 @@ from celery.utils.time import rate
 from celery.worker import state as celery_state
 
 from aque import machine, reload, restart
+from aque.acks import Acks
+from aque.announcer import Announcer
 from aque.assignments import Assignments
 from aque.chooser import Place, runs_in_pool
 from aque.cleaner import Cleaner
@@ -84,7 +86,9 @@ class AqueWorker:
         self.user = "" if is_personal else machine.user_name()
         self.switches_user = not is_personal and os.geteuid() == 0
         self.ledger = Ledger(self.whole)
-        self.eventer = EventQueue(worker.app, worker.hostname)
+        self.eventer = EventQueue(worker.app, worker.hostname, self._described)
+        self.announcer = Announcer(self.eventer)
+        self.acks = Acks()
         self.heartbeat: Heartbeat | None = None
         self.cleaner: Cleaner | None = None
         self.ages = ages(settings, worker.app)
@@ -102,6 +106,7 @@ class AqueWorker:
         self._lent: set[tuple[int, int]] = set()
         self.line = TaskServer(self)
         if isinstance(self._pool, TaskPool):
+            self._pool.follow(self._grown, self._when_slot_is_free)
             self._pool.tell_children(commands.watch, *(() if strangers is None else (strangers.watch,)))
         elif isinstance(self._pool, InProcess):
             logger.warning(
@@ -115,6 +120,7 @@ class AqueWorker:
             worker.pool,
             commands,
             self.eventer,
+            self.announcer,
             settings,
             place,
             self,
@@ -131,7 +137,8 @@ class AqueWorker:
             self.runner.start,
             until=worker.app.conf.get("aque_until"),
             on_end=_end_worker,
-            on_news=lambda: self.heartbeat.soon() if self.heartbeat is not None else None,
+            on_news=self.tell,
+            on_written=self.announcer.written,
             ordered_rate=partial(_ordered_rate, worker.app),
             is_urgent=lambda: signals.is_urgent or celery_state.should_terminate not in (None, False),
         )
@@ -157,6 +164,7 @@ class AqueWorker:
             (lambda: None) if self.strangers is None else self.strangers.look,
         )
         self.eventer.start()
+        self.acks.start()
         self.line.start()
         self.scheduler.start()
         self.heartbeat.start()
@@ -192,6 +200,7 @@ class AqueWorker:
             self.cleaner.stop()
         self.line.stop()
         self.eventer.stop(1.0)
+        self.acks.stop(1.0)
         attempts = self.scheduler.attempts()
         commands = self.commands.export({a.command: i for i, a in attempts.items() if a.command is not None})
         scheduler = self.scheduler.export(commands["running"])
@@ -286,6 +295,50 @@ class AqueWorker:
             tags=self.tags,
         )
 
+    def tell(self) -> None:
+        """The worker's row should say something else: let the heartbeat write it now."""
+        if self.heartbeat is not None:
+            self.heartbeat.soon()
+
+    def _described(self, ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """What every event says of a task; called by the thread that publishes."""
+        fields = ["id", "celery_id", "name", "job_id", "parent_id"]
+        with self.store.connect() as connection:
+            rows = list(self.store.tasks(connection, {"id": list(ids)}, fields))
+        return {
+            row["id"]: {
+                "uuid": row["celery_id"] or str(row["id"]),
+                "name": row["name"],
+                "root_id": str(row["job_id"]),
+                "parent_id": None if row["parent_id"] is None else str(row["parent_id"]),
+            }
+            for row in rows
+        }
+
+    # -- a pool that grows and shrinks --------------------------------------------------------------------------------
+
+    def _grown(self, n: int) -> None:
+        """The pool has so many children more."""
+        self.ledger.enlarge(Capacity(Fraction(0), 0, python_slots=n))
+        self._resized()
+        self.scheduler.look()
+
+    def _when_slot_is_free(self, remove: Callable[[], None]) -> None:
+        """Call `remove` when a child of the pool has nothing to do, and never will have again."""
+        slot = Capacity(Fraction(0), 0, python_slots=1)
+
+        def begin() -> None:
+            remove()
+            self.ledger.write_off(slot)
+            self._resized()
+
+        self.ledger.in_turn(slot, begin)
+
+    def _resized(self) -> None:
+        self.whole = self.ledger.whole
+        self.is_described = False
+        self.tell()
+
     def lost(self) -> int:
         """Others have this worker's tasks: kill them here, and go on as a new worker."""
         worker_id = self.register(self.scheduler.is_drained)
@@ -318,6 +371,7 @@ class AqueWorker:
             self.cleaner.stop()
         self.commands.stop()
         self.eventer.stop(1.0)
+        self.acks.stop(1.0)
         try:
             if clean:
                 with self.store.connect() as connection:

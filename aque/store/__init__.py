@@ -1,5 +1,6 @@
 """The table that is the truth: the only package that imports SQLAlchemy and holds SQL."""
 
+from aque.store.controls import Scheduled, scheduled, stamped
 from aque.store.engine import (
     DatabaseError,
     again,
@@ -50,6 +51,7 @@ __all__ = [
     "Refusal",
     "Released",
     "Removed",
+    "Scheduled",
     "Sizes",
     "Store",
     "StoredResult",
@@ -63,6 +65,8 @@ __all__ = [
     "is_data_error",
     "one_statement",
     "open_store",
+    "scheduled",
+    "stamped",
     "transaction",
     "unchecked_store",
 ]
