@@ -183,6 +183,9 @@ def setup(app: Celery, tasks: str = "own") -> Celery:
         _configure(app)
     app.on_after_configure.connect(_configure, sender=app)  # anew whenever it is given another configuration
     ingress.register(app)
+    # Tasks of `shared_task` and `aque.task` are this app's, in this thread (where the import of this module has made Aque's own
+    # app the current one) and in all others.
+    app.set_current()
     app.set_default()
     return app
 
@@ -191,7 +194,11 @@ def _configure(sender: Celery, **_: Any) -> None:
     """Aque's defaults, where the app has configured nothing. Not by Celery's `add_defaults` alone: what that is given
     outweighs what `config_from_object` has read, and is forgotten with the next configuration."""
     conf = sender.conf
-    conf.add_defaults({name: value for name, value in _defaults(sender).items() if not conf.value_set_for(name)})
+
+    def is_configured(name: str) -> bool:
+        return bool(conf.value_set_for(name) and conf.get(name) is not None)
+
+    conf.add_defaults({name: value for name, value in _defaults(sender).items() if not is_configured(name)})
     if sender.aque_tasks == "all":
         whole_app.configure_results(sender)
 

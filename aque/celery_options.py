@@ -10,7 +10,7 @@ from celery import Task as CeleryTask
 from celery.app.routes import Router
 from celery.exceptions import QueueNotFound
 from celery.local import Proxy
-from celery.utils.time import maybe_iso8601
+from celery.utils.time import maybe_iso8601, rate
 from kombu.entity import Exchange, Queue
 
 from aque import codec
@@ -160,6 +160,8 @@ def options_of(
         extra |= {"stamped_headers": sorted(stamps), "stamps": codec.plain("the stamps", stamps)}
     if asked.get("ignore_result"):
         extra["ignore_result"] = True
+    if limit := getattr(task, "rate_limit", None):
+        extra["rate_limit"] = rate(limit)
     return {**given, "extra": extra} if extra else given
 
 

@@ -135,6 +135,10 @@ class Handle(AsyncResult):
             found = store.groups.followers(connection, self.number)
         return [Handle(i, app=self.app, backend=self.backend) for i in found]
 
+    def forget(self) -> None:
+        """Nothing, but that the next question asks the table: rows stay until their retention ends."""
+        self._cache = None
+
     def as_tuple(self) -> Any:
         """As Celery's, for a chain of any length."""
         steps: list[Any] = [self]

@@ -309,10 +309,12 @@ class Store:
         graph: dict[int, Sequence[Dependency]] = {spec.id: spec.dependencies for spec in specs}
         dependents = Counter(d.upstream for spec in specs for d in spec.dependencies)
         states = self._add_dependents(connection, {i: n for i, n in dependents.items() if i not in graph})
-        children = Counter(spec.parent_id for spec in specs if spec.parent_id is not None)
-        self._add_children(connection, {i: n for i, n in children.items() if i not in graph})
         groups = [s.id for s in specs if s.requirement.pattern is Pattern.GROUP]
         starts = deps.starts(graph, groups, states, [s.id for s in specs if s.not_before is not None])
+        # One that is skipped from the start never ends, and nobody is to wait for that.
+        open_specs = [spec for spec in specs if starts[spec.id].state not in COMPLETE_STATES]
+        children = Counter(spec.parent_id for spec in open_specs if spec.parent_id is not None)
+        self._add_children(connection, {i: n for i, n in children.items() if i not in graph})
         everything = {**states, **{task_id: start.state for task_id, start in starts.items()}}
         now = self._wall(connection, time.monotonic())
         task_rows, payload_rows, edge_rows = [], [], []

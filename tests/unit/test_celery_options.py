@@ -206,7 +206,7 @@ def test_what_the_app_has_configured_stays_however_it_has_and_whenever(
         assert {name: app.conf[name] for name in here} == here
     none = aque.setup(Celery("none", set_as_current=False))
     assert none.conf.broker_url.startswith("aque+sqlite:")
-    none.config_from_object({"task_default_queue": "mine"})
+    none.config_from_object({"task_default_queue": "mine", "broker_url": None})
     assert none.conf.broker_url.startswith("aque+sqlite:")
 
 

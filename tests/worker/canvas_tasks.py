@@ -1,13 +1,13 @@
 """Tasks for canvases, of both kinds: those that go through the table, and ordinary ones of the same app."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from celery import Task, chain, chord, group, shared_task
 
 import aque
 from aque.celery_app import app as aque_app
+from tests.worker.tasks import append
 
 
 @aque.task
@@ -47,8 +47,7 @@ def fail_after(_: Any, text: str = "no") -> None:
 
 @aque.task
 def note(path: str, line: str) -> None:
-    with Path(path).open("a") as file:
-        file.write(line + "\n")
+    append(path, line)
 
 
 @aque.task
@@ -126,3 +125,11 @@ def _unreachable_by_name() -> Any:
 
 
 registered_only = _unreachable_by_name()
+
+
+@aque.task
+def submits_after(task_id: int) -> int:
+    """A child that cannot run any more, and one with an error callback that is not needed."""
+    same.apply_async((1,), depends_on=task_id)
+    same.apply_async((2,), link_error=old_errback.s())
+    return task_id

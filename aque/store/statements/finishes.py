@@ -187,14 +187,19 @@ def leave() -> Statement:
 
 @cache
 def enter() -> Statement:
-    """The task `which` goes on in `to_state`, with so many dependencies left (`new_unmet`)."""
+    """The task `which` goes on in `to_state`, with so many dependencies left (`new_unmet`); what takes its place may have
+    failed already, and then it ends here."""
+    to_state = sa.bindparam("to_state", type_=sa.Text)
+    skipped = to_state == State.SKIPPED
     return (
         sa.update(task)
         .where(task.c.id == sa.bindparam("which"), is_state(State.PENDING))
         .values(
-            state=sa.bindparam("to_state", type_=sa.Text),
+            state=to_state,
             unmet=sa.bindparam("new_unmet", type_=sa.Integer),
             ready_at=wall_clock(),
+            reason=sa.case((skipped, Reason.DEPENDENCY.value), else_=sa.null()),
+            finished_at=sa.case((skipped, wall_clock()), else_=sa.null()),
         )
         .returning(*MOVED)
     )

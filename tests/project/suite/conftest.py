@@ -57,11 +57,13 @@ def worker(shop_data):
     from shop import celery_app
 
     process = start(shop_data, "worker", "-Q", "shop,reports", "-c", "2", "-n", "shop@test")
-    wait_until(lambda: process.poll() is not None or celery_app.control.ping(timeout=0.5))
-    assert process.poll() is None, (shop_data / "log-worker").read_text()
-    yield process
-    assert process.poll() is None, "the worker has died"
-    stop(process)
+    try:
+        wait_until(lambda: process.poll() is not None or celery_app.control.ping(timeout=0.5))
+        assert process.poll() is None, (shop_data / "log-worker").read_text()
+        yield process
+        assert process.poll() is None, "the worker has died"
+    finally:
+        stop(process)
 
 
 @pytest.fixture
