@@ -18,6 +18,7 @@ from sqlalchemy.sql.functions import GenericFunction
 
 from aque import hints
 from aque.errors import BadStateDirectory, StoreUnreachable
+from aque.store import forks
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ def open_engine(url: str, **options: Any) -> sa.Engine:
         engine = sa.create_engine(
             parsed, isolation_level="AUTOCOMMIT", connect_args={"timeout": 30, "check_same_thread": False}, **options
         )
+        sa.event.listen(engine, "do_connect", lambda dialect, record, args, given: forks.connect(*args, **given))
         sa.event.listen(engine, "connect", _prepare_sqlite)
         return engine
     engine = sa.create_engine(
