@@ -25,7 +25,7 @@ from celery.worker import state as celery_state
 from celery.worker.consumer.tasks import Tasks
 
 import aque.panel  # noqa: F401  in place of Celery's revoke and terminate
-from aque import contain, reload, restart, title
+from aque import reload, restart, title
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import BadSetting
@@ -242,7 +242,7 @@ def _install_signals(worker: Any, install: Any) -> None:
 
 @worker_process_init.connect
 def _name_child(sender: Any, **_: Any) -> None:
-    if contain.is_pool_child():
+    if current_process().name != "MainProcess":  # the pool `solo` says so of the worker itself
         title.show(title.CHILD, f"{sender}: {current_process().name}")
 
 

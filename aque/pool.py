@@ -49,8 +49,8 @@ class ProcessLock:
 
 class _Child(Worker):
     def after_fork(self) -> None:
-        contain.enter()  # before the app's own code runs, which asks what this process is
         super().after_fork()
+        contain.enter()  # after Celery's part, which has the child die with the worker's thread
 
     def _make_protected_receive(self, conn: Any) -> Any:
         receive = super()._make_protected_receive(conn)
