@@ -230,7 +230,7 @@ class Backend(CeleryBackend):
             step = left if not unknown else UNKNOWN_SECONDS if left is None else min(left, UNKNOWN_SECONDS)
             if unknown and not names:
                 time.sleep(step or 0)
-            for done in giving_way(self._waiter(store).wait(names, step)):
+            for done in giving_way(self._waiter(store).wait(list(names), step)):
                 if on_interval is not None:
                     on_interval()
                 if done:
