@@ -422,6 +422,7 @@ def append_output(dialect: str) -> Statement:
 @cache
 def results(dialect: str) -> Statement:
     """State, result and error of these tasks (`ids`)."""
+    child = task.alias("child")
     return (
         sa.select(
             task.c.id,
@@ -431,9 +432,12 @@ def results(dialect: str) -> Statement:
             task.c.celery_id,
             task.c.pattern,
             task.c.attempt,
+            task.c.failed,
+            task.c.parent_id,
             task.c.exit_code,
             task.c.signal,
             task.c.finished_at,
+            sa.exists().where(child.c.parent_id == task.c.id).correlate(task).label("has_children"),
             result.c.value,
             result.c.error,
         )
