@@ -90,7 +90,7 @@ def _events_of(app: Celery) -> _SentEvents:
     """A process's own: threads do not outlive a fork."""
     key = (os.getpid(), id(app))
     if key not in _sent_events:
-        queue = _sent_events[key] = _SentEvents(app, anon_nodename())
+        queue = _sent_events[key] = _SentEvents(app, anon_nodename(), lambda ids: {})
         queue.start()
         atexit.register(queue.stop, EVENTS_SECONDS)
     return _sent_events[key]

@@ -1,13 +1,10 @@
 """A call of a Celery task as a row: its function by name, its arguments, and Celery's options as Aque's."""
 
-import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from celery import Celery
 from celery import Task as CeleryTask
-from celery.local import Proxy
 from celery.utils.time import rate
 
 from aque import codec
@@ -15,6 +12,7 @@ from aque.announcements import Announcement, is_wanted
 from aque.celery_options import options_of
 from aque.errors import BadInput, NotSubmittable
 from aque.handles import DEPENDENCY_OPTIONS, edges_of
+from aque.naming import name_of
 from aque.submitter import Options, Submitter
 from aque.values import Children, Condition, Dependency, TaskSpec
 
@@ -113,7 +111,7 @@ def function_of(task: CeleryTask | None, name: str) -> str:
     known = vars(task).get("aque_function")
     if known is None:
         try:
-            known = function_name(task)
+            known = name_of(task)
             if not getattr(task, "goes_through_table", False) and known.replace(":", ".") != name:
                 known = f"@{name}"  # who gives a task a name may have another function by it on the workers
         except NotSubmittable:
@@ -122,41 +120,3 @@ def function_of(task: CeleryTask | None, name: str) -> str:
             known = f"@{name}"
         vars(task)["aque_function"] = known
     return str(known)
-
-
-def function_name(called: CeleryTask) -> str:
-    """ "module:qualname" by which a worker finds the task. Raises NotSubmittable with the fix."""
-    function = getattr(called.run, "__wrapped__", called.run)
-    module_name, qualname = function.__module__, function.__qualname__
-    if "<" in qualname:
-        kind = "a lambda" if "<lambda>" in qualname else "defined inside another function"
-        raise NotSubmittable(
-            f"{qualname} is {kind}: a worker could not find it by name. Nothing was submitted: define it at the top of a "
-            "module."
-        )
-    if module_name == "__main__":
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        if spec is None:
-            raise NotSubmittable(
-                f"{qualname} is defined in the script that runs: a worker could not import it. Nothing was submitted: move it "
-                "into a module, or start the script with `python -m`."
-            )
-        module_name = spec.name
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise NotSubmittable(
-            f"{module_name}:{qualname} cannot be found by name: {error}. Nothing was submitted."
-        ) from error
-    if isinstance(found, Proxy):
-        found = found._get_current_object()
-    is_this_task = isinstance(found, CeleryTask) and found.name == called.name
-    if not is_this_task and found is not called.run:
-        raise NotSubmittable(
-            f"{module_name}:{qualname} is not the task {called.name}: a worker would run something else. Nothing was "
-            "submitted: "
-            "define the task with its decorator, under its own name, at the top of a module."
-        )
-    return f"{module_name}:{qualname}"

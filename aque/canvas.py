@@ -97,13 +97,14 @@ class Builder:
 
     def place(self, sig: Any, lead: Lead | None = None, options: Mapping[str, Any] | None = None) -> Placed | None:
         """Add a signature with all that is in it; None if there is nothing. `options` are added to its own."""
-        where = dataclasses.replace(self.root, **self._job.place()) if self._job is not None else self.root
-        return self._walk(self._part(sig, lead or Lead(), options or {}, where))
+        return self._walk(self._part(sig, lead or Lead(), options or {}, self._place()))
 
     def call(self, sig: Signature, options: Mapping[str, Any]) -> Placed | None:
         """Add a task."""
-        where = dataclasses.replace(self.root, **self._job.place()) if self._job is not None else self.root
-        return self._walk(self._task(sig, Lead(), options, where))
+        return self._walk(self._task(sig, Lead(), options, self._place()))
+
+    def _place(self) -> Where:
+        return self.root if self._job is None else dataclasses.replace(self.root, **self._job.place())
 
     def take_over(self, celery_id: str, task_id: int, errbacks: list[Any], where: Where) -> None:
         """The task with the first id gets the row with the second, which keeps its own error callbacks; all others are put
@@ -582,8 +583,7 @@ def replacement(task: CeleryTask, sig: Any) -> Replacement:
     row = request.aque_id
     errbacks = codec.decode_result(codec.encode_result(request.aque_errbacks or [], 1 << 62)) or []
     builder = Builder(app)
-    job = str(request.root_id or "")
-    builder.take_over(request.id, row, errbacks, Where(int(job) if job.isdecimal() and int(job) != row else None))
+    builder.take_over(request.id, row, errbacks, _beside(task))
     more = {"link_error": errbacks} if errbacks else {}
     if _ends_in_group(sig, app):
         whole = builder.place(sig, None, more)
@@ -601,11 +601,18 @@ def replacement(task: CeleryTask, sig: Any) -> Replacement:
 def add_to_group(task: CeleryTask, sig: Any) -> Any:
     """Submit a signature as another member of the group that the running `task` is a member of."""
     builder = Builder(task.app)
+    builder.root = _beside(task)
     placed = builder.place(sig)
     if placed is None:
         raise BadInput("there is nothing in this canvas to add to the group. Nothing was submitted.")
     builder.submit(joins=(placed.id, task.request.aque_id))
     return placed.result
+
+
+def _beside(task: CeleryTask) -> Where:
+    """The job or group that the running task is in."""
+    job = str(task.request.root_id or "")
+    return Where(int(job)) if job.isdecimal() and int(job) != task.request.aque_id else Where()
 
 
 def eager_options(options: Mapping[str, Any]) -> dict[str, Any]:

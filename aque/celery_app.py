@@ -10,7 +10,7 @@ from celery import Celery, current_app, shared_task
 from celery._state import get_current_task
 
 import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql with kombu
-from aque import canvas, machine, whole_app
+from aque import canvas, current, ingress, machine, whole_app
 from aque.bootstep import ConsumerStep, WorkerStep
 from aque.celery_task import Task
 from aque.errors import BadInput, NotSubmittable
@@ -35,7 +35,7 @@ def graph(name: str = "graph", app: Celery | None = None) -> Iterator[Graph]:
         raise BadInput(
             "a graph is open already in this context: graphs are not nested, their tasks can depend on each other."
         )
-    opened = Graph(app or _app(), name)
+    opened = Graph(app or app_in_use(), name)
     token = open_graph.set(opened)
     try:
         yield opened
@@ -93,7 +93,7 @@ def shell(
     """
     if isinstance(argv, (str, bytes)):
         raise BadInput(f"argv must be a list of words, not one text: ['sh', '-c', {argv!r}] runs it in a shell.")
-    app = app or _app()
+    app = app or app_in_use()
     submitter = submitter_of(app)
     edges = edges_of({"depends_on": depends_on, "after_any": after_any, "after_failed": after_failed})
     job = open_graph.get()
@@ -121,7 +121,7 @@ def tasks(
     where: Mapping[str, Any] | None = None, fields: Sequence[str] | None = None, app: Celery | None = None
 ) -> Iterator[dict[str, Any]]:
     """Query the table: `aque.tasks({"state": "ready"}, ["id", "name"])`; see Store.tasks for the fields."""
-    store = farm_of(app or _app()).store
+    store = farm_of(app or app_in_use()).store
     with store.connect() as connection:
         yield from store.tasks(connection, where, fields)
 
@@ -140,7 +140,8 @@ class CurrentTask:
 
 def current_task() -> CurrentTask | None:
     """The task that this code runs in, in a Python task or below a command; None outside."""
-    return CurrentTask(os.environ) if os.environ.get("AQUE_TASK_ID", "").isdecimal() else None
+    variables = current.variables()
+    return CurrentTask(variables) if variables.get("AQUE_TASK_ID", "").isdecimal() else None
 
 
 # -- apps -----------------------------------------------------------------------------------------------------------------
@@ -181,6 +182,7 @@ def setup(app: Celery, tasks: str = "own") -> Celery:
     if app.configured:
         _configure(app)
     app.on_after_configure.connect(_configure, sender=app)  # anew whenever it is given another configuration
+    ingress.register(app)
     # Tasks of `shared_task` and `aque.task` are this app's, in this thread (where the import of this module has made Aque's own
     # app the current one) and in all others.
     app.set_current()
@@ -204,7 +206,7 @@ def _configure(sender: Celery, **_: Any) -> None:
 def _defaults(app: Celery) -> dict[str, Any]:
     settings = settings_of(app)
     return {
-        "broker_url": settings.celery_broker_url,
+        "broker_url": app.conf.broker_url or settings.celery_broker_url,  # Celery's test apps have one by default
         "broker_connection_retry_on_startup": True,
         "worker_concurrency": machine.usable_cpus(),
         "worker_lost_wait": 1.0,  # results of a child that is gone arrive at once or never
@@ -260,7 +262,7 @@ def run_worker(
     return 0
 
 
-def _app() -> Celery:
+def app_in_use() -> Celery:
     """The app that was set up last, or Aque's own."""
     current = current_app._get_current_object()
     return current if WorkerStep in current.steps["worker"] else app

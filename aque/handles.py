@@ -1,8 +1,11 @@
 """The handle that stands for a submitted task, and what every way to submit one needs: options, dependencies, ids."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from celery import Celery, current_app
 from celery.result import AsyncResult, EagerResult, GroupResult, assert_will_not_block
@@ -65,6 +68,14 @@ class Handle(AsyncResult):
             raise UnknownTask([self.id], "It cannot be used.")
         return found[self.id]
 
+    def then(self, callback: Callable[..., Any], on_error: Callable[..., Any] | None = None, weak: bool = False) -> Any:
+        """Call back with this result when the task has ended, however it did, as in Celery: in a thread of the backend, or in
+        whoever asks for the result before that. `on_error`: for what the callback raises."""
+        made = super().then(callback, on_error, weak)
+        if not isinstance(callback, barrier):  # of a ResultSet, which wants to know when others ask
+            self.backend.watch(self)
+        return made
+
     def kill(
         self,
         signal: str | int = "TERM",
@@ -123,6 +134,10 @@ class Handle(AsyncResult):
         with store.connect() as connection:
             found = store.groups.followers(connection, self.number)
         return [Handle(i, app=self.app, backend=self.backend) for i in found]
+
+    def forget(self) -> None:
+        """Nothing, but that the next question asks the table: rows stay until their retention ends."""
+        self._cache = None
 
     def as_tuple(self) -> Any:
         """As Celery's, for a chain of any length."""
@@ -276,22 +291,38 @@ codec.register_handle(Handle, lambda handle: handle.number)
 codec.register_handle(GroupHandle, lambda group: group.number)
 
 
-_submitters: dict[int, Submitter] = {}
-_backends: dict[int, Backend] = {}
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """What takes the place of the farm, see `aque.execute`."""
+
+    submitter: Submitter
+    backend: Backend
+
+
+#: Of the tasks that are submitted in this context; None: the farm.
+stand_in: ContextVar[StandIn | None] = ContextVar("stand_in", default=None)
+
+_submitters: WeakKeyDictionary[Celery, Submitter] = WeakKeyDictionary()
 
 
 def submitter_of(app: Celery) -> Submitter:
+    if (instead := stand_in.get()) is not None:
+        return instead.submitter
     farm = farm_of(app)
-    key = id(farm.store)  # the store stays open as long as the process
-    if key not in _submitters:
-        _submitters[key] = Submitter(farm.store, farm.settings)
-    return _submitters[key]
+    found = _submitters.get(app)
+    if found is None or found.store is not farm.store:
+        found = _submitters[app] = Submitter(farm.store, farm.settings)
+    return found
 
 
 def backend_of(app: Celery) -> Backend:
-    if id(app) not in _backends:
-        _backends[id(app)] = Backend(app=app)
-    return _backends[id(app)]
+    if (instead := stand_in.get()) is not None:
+        return instead.backend
+    # Not in a dictionary by app: a backend refers to its app, which would never end.
+    found: Backend | None = vars(app).get("aque_backend")
+    if found is None:
+        found = vars(app)["aque_backend"] = Backend(app=app)
+    return found
 
 
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:

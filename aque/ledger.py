@@ -38,6 +38,17 @@ class Ledger:
         with self._lock:
             self._free = self._free - need
 
+    def enlarge(self, more: Capacity) -> None:
+        """There is so much more from now on."""
+        with self._lock:
+            self.whole = self.whole + more
+        self.release(more)
+
+    def write_off(self, reserved: Capacity) -> None:
+        """What is reserved here is not there any more."""
+        with self._lock:
+            self.whole = self.whole - reserved
+
     def try_reserve(self, need: Capacity) -> bool:
         """Reserve `need` if it is free."""
         with self._lock:

@@ -8,6 +8,7 @@ semaphore, and nobody could ever take a task again. A record lock is released by
 import fcntl
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ class ProcessLock:
 
     def __init__(self) -> None:
         self._file = os.memfd_create("aque-lock", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._file).atexit = False
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Wait for the lock; without `block`, False if it is not free."""
@@ -48,7 +50,19 @@ class ProcessLock:
 class _Child(Worker):
     def after_fork(self) -> None:
         super().after_fork()
-        contain.enter()
+        contain.enter()  # after Celery's part, which has the child die with the worker's thread
+
+    def _make_protected_receive(self, conn: Any) -> Any:
+        receive = super()._make_protected_receive(conn)
+
+        def receive_or_end() -> Any:
+            try:
+                return receive()
+            except SystemExit as end:
+                # That it should end is no failure, which the log would tell of.
+                raise SystemExit(EX_OK if end.code == EX_FAILURE else end.code) from None
+
+        return receive_or_end
 
     def _do_exit(self, pid: int, exitcode: int | None, exc: Exception | None = None) -> NoReturn:
         """As billiard's, which announces its end and then waits for a TERM: up to a second, if nobody listens any more."""
@@ -137,6 +151,50 @@ class TaskPool(prefork.TaskPool):
     Timer: Any = _Timer
     #: So many children have a function that waits for other tasks: as many more are there in their place.
     lent = 0
+    _leaving = 0  #: children that are to end as soon as one has nothing to do
+
+    def on_start(self) -> None:
+        """Start the children."""
+        self.follow(lambda n: None, lambda remove: remove())
+        super().on_start()
+        self.grow, self.shrink = self._add, self._remove
+
+    def follow(self, on_grown: Callable[[int], None], when_free: Callable[[Callable[[], None]], None]) -> None:
+        """`on_grown` is told of new children; `when_free` is given what removes one, to call it when one has nothing to do."""
+        self._on_grown, self._when_free = on_grown, when_free
+
+    def _add(self, n: int = 1) -> None:
+        if n < 1:
+            raise ValueError(f"a pool grows by 1 child or more, not {n}. Nothing was changed.")
+        self._pool.grow(n)
+        self.limit += n
+        self._on_grown(n)
+
+    def _remove(self, n: int = 1) -> None:
+        """Celery's own way is to signal a child that seems idle, which may have taken a task a moment ago."""
+        if not 0 < n < self.num_processes:
+            raise ValueError(
+                f"the pool has {self.num_processes} children, and keeps at least one: it cannot shrink by {n}. "
+                "Nothing was changed."
+            )
+        self._leaving += n
+        for _ in range(n):
+            self._when_free(self._remove_one)
+
+    def _remove_one(self) -> None:
+        self._leaving -= 1
+        self.limit -= 1
+        self._end_one()
+
+    def _end_one(self) -> None:
+        """One child ends as soon as it has nothing to do: whichever takes this message."""
+        self._pool._processes -= 1
+        self._pool._taskqueue.put(([None], None))
+
+    @property
+    def num_processes(self) -> int:
+        """Children, without those that are about to end and those that are lent."""
+        return int(self._pool._processes) - self._leaving - self.lent
 
     def lend(self) -> None:
         """The function of a child waits for other tasks: there is another child in its place when this returns."""
@@ -145,10 +203,9 @@ class TaskPool(prefork.TaskPool):
         self._pool.maintain_pool()
 
     def take_back(self) -> None:
-        """It waits no longer: one child too many ends as soon as it has nothing to do. Whichever takes this message does."""
+        """It waits no longer: one child too many ends."""
         self.lent -= 1
-        self._pool._processes -= 1
-        self._pool._taskqueue.put(([None], None))
+        self._end_one()
 
     def tell_children(self, *listeners: Callable[[int], None]) -> None:
         """Call the listeners with the pid of each child that there is and will be."""
@@ -168,3 +225,10 @@ class TaskPool(prefork.TaskPool):
         super().on_stop()
         if pool is not None:
             pool._terminate.cancel()
+
+    def on_terminate(self) -> None:
+        """End the children. The pool forgets those that have ended by then, with a descriptor of each."""
+        pool = self._pool
+        super().on_terminate()
+        for process in [] if pool is None else list(pool._pool):
+            process.join()

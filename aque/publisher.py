@@ -4,9 +4,12 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from celery import Celery
+
+from aque.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -15,12 +18,25 @@ QUEUE_LIMIT = 20_000
 #: Events of one message; Celery and Flower read lists of them.
 BATCH = 100
 
+#: The fields (uuid, name, ...) of these tasks that every event has, by id; those that there are not are left out.
+Describe = Callable[[Sequence[int]], Mapping[int, Mapping[str, Any]]]
+
+
+class AlwaysEnabled:
+    """The queue as Celery's own requests want it: their strategies ask once whether there are events, and never again."""
+
+    enabled = True
+
+    def __init__(self, queue: "EventQueue") -> None:
+        self.send = queue.send
+
 
 class EventQueue:
     """Stands where Celery's requests expect an event dispatcher. `send` never blocks and never raises."""
 
-    def __init__(self, app: Celery, hostname: str) -> None:
+    def __init__(self, app: Celery, hostname: str, describe: Describe) -> None:
         self._app = app
+        self._describe = describe
         self._hostname = hostname
         self._queue: deque[tuple[str, dict[str, Any]]] = deque(maxlen=QUEUE_LIMIT)
         self._wake = threading.Event()
@@ -46,6 +62,14 @@ class EventQueue:
         """Queue an event such as "task-started"; dropped unless somebody has enabled events."""
         if self.enabled:
             self._queue.append((kind, {"timestamp": time.time(), **fields}))
+            self._wake.set()
+
+    def send_about(self, kind: str, ids: Iterable[int], **fields: Any) -> None:
+        """Queue an event for each of these tasks. What else is told of them is looked up by the thread that publishes."""
+        if self.enabled and (listed := list(ids)):
+            for start in range(0, len(listed), BATCH):
+                some = listed[start : start + BATCH]
+                self._queue.append((kind, {"ids": some, "timestamp": time.time(), **fields}))
             self._wake.set()
 
     def stop(self, timeout: float) -> None:
@@ -86,5 +110,16 @@ class EventQueue:
     def _publish(self, dispatcher: Any) -> None:
         for _ in range(min(len(self._queue), BATCH)):
             kind, fields = self._queue.popleft()
-            dispatcher.send(kind, **fields)
+            if (ids := fields.pop("ids", None)) is None:
+                dispatcher.send(kind, **fields)
+            else:
+                for about in self._look_up(ids):
+                    dispatcher.send(kind, **about, **fields)
         dispatcher.flush()
+
+    def _look_up(self, ids: Sequence[int]) -> Iterable[Mapping[str, Any]]:
+        try:
+            return self._describe(ids).values()
+        except StoreError as error:
+            logger.warning("%d events are not published, the store is away: %s", len(ids), error)
+            return []

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -28,16 +28,30 @@ from aque.assignments import NOTHING, Assigned, Assignments
 from aque.chooser import Place, is_own, runs_in_pool
 from aque.commands import Callbacks, Command, CommandRunner, Ended, OtherUser
 from aque.commands import Running as RunningCommand
+from aque.inprocess import InProcess
 from aque.resources import Capacity, format_cpus
 from aque.settings import Settings
 from aque.states import Reason, State
 from aque.taskserver import TaskServer
-from aque.values import Again, ClaimedTask, Condition, Dependency, HostFailure, Outcome, Pattern, Replacement, Usage
+from aque.values import (
+    OWN_INTERPRETER,
+    Again,
+    ClaimedTask,
+    Condition,
+    Dependency,
+    HostFailure,
+    Outcome,
+    Pattern,
+    Replacement,
+    Usage,
+)
 
 logger = logging.getLogger(__name__)
 
 #: Of the arguments, as events and `inspect` show them.
 SHOWN = 1024
+#: What stands for arguments that nobody is to see, see setting event_arguments.
+HIDDEN = "[hidden]"
 #: How a supervised command's end reads in the table.
 _REASONS = {
     "signal": Reason.SIGNAL,
@@ -60,15 +74,28 @@ class Listener(Protocol):
         """A command wrote to its stdout (1) or stderr (2)."""
 
 
+class Announcer(Protocol):
+    """Who tells Celery's monitors what became of attempts; see `announcer`."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody listens."""
+
+    def hold(self, claim: tuple[int, int], uuid: str, details: Mapping[str, Any]) -> None:
+        """An attempt has ended."""
+
+
 class _Row:
     """A row where Celery's Request expects a message."""
 
     content_type = "application/json"
     content_encoding = "utf-8"
 
-    def __init__(self, task: ClaimedTask) -> None:
+    def __init__(self, task: ClaimedTask, shows_arguments: bool) -> None:
         self.body = task.arguments
-        self.payload: tuple[Any, Any, dict[str, Any]] = _shown_arguments(task)
+        self.payload: tuple[Any, Any, dict[str, Any]] = (
+            shown_arguments(task.pattern, task.argv, task.arguments) if shows_arguments else (HIDDEN, HIDDEN, {})
+        )
         uuid = task.celery_id or str(task.id)
         self.headers = {
             **(task.extra.get("headers") or {}),
@@ -79,8 +106,8 @@ class _Row:
             "retries": task.failed,
             "stamps": task.extra.get("stamps") or {},
             "stamped_headers": task.extra.get("stamped_headers") or [],
-            "argsrepr": saferepr(self.payload[0], SHOWN),
-            "kwargsrepr": saferepr(self.payload[1], SHOWN),
+            "argsrepr": saferepr(self.payload[0], SHOWN) if shows_arguments else HIDDEN,
+            "kwargsrepr": saferepr(self.payload[1], SHOWN) if shows_arguments else HIDDEN,
             "root_id": str(task.job_id),
             "parent_id": None if task.parent_id is None else str(task.parent_id),
             "timelimit": (task.time_limit_seconds, task.soft_time_limit_seconds),
@@ -94,6 +121,12 @@ class _Request(Request):
 
     attempt: "Attempt"
     acknowledged = True
+
+    def send_event(self, kind: str, **fields: Any) -> None:
+        """Name the state: to Celery's monitors one that they do not know, of `task-ready`, goes before STARTED."""
+        if kind == "task-started":
+            fields["state"] = "STARTED"
+        super().send_event(kind, **fields)
 
     def revoked(self) -> bool:
         """Never: a kill is in the row, and was looked up when the task was claimed."""
@@ -119,20 +152,13 @@ class Attempt:
         self.killed: int | None = None
         self._runner = runner
         self._began = time.monotonic()
-        self._over = self._timed_out = False
+        self._over = self._timed_out = self._said = False
         self._ending = threading.Lock()  # a time limit must not signal what its child does next
         self._timers: list[threading.Timer] = []
         self._command: RunningCommand | None = None
         self._next_byte = {1: 0, 2: 0}  #: of its output, by descriptor
         self._usage: Usage | None = None
-        self.request = _Request(
-            _Row(task),
-            app=runner.app,
-            hostname=runner.hostname,
-            eventer=runner.eventer,
-            task=runner.proxy_task,
-            decoded=False,
-        )
+        self.request = runner.request(task)
         self.request.attempt = self
 
     @property
@@ -145,8 +171,17 @@ class Attempt:
         """The supervised command, for an attempt that is one."""
         return self._command
 
+    @property
+    def can_be_killed(self) -> bool:
+        """False for a function that runs in the worker's own process."""
+        return self._command is not None or not self._runner.runs_functions_itself
+
     def kill(self, number: int, grace_seconds: float) -> None:
-        """End the attempt: `number` first, SIGKILL after the grace. Its outcome will be `killed`."""
+        """End the attempt: `number` first, SIGKILL after the grace. Its outcome will be `killed`. What cannot be killed goes
+        on to an outcome of its own."""
+        if not self.can_be_killed:
+            self._say_that_it_goes_on()
+            return
         self.killed = number
         if self._command is not None:
             self._command.kill(number, grace_seconds)
@@ -155,15 +190,23 @@ class Attempt:
 
     def _kill_child(self, pid: int, number: int) -> None:
         """Signal the child and all that it has started; for SIGKILL nothing of them is left. The caller sees to the grace."""
-        if pid == os.getpid():  # a thread: its pool says what it thinks of that
-            self._runner.pool.terminate_job(pid, number)
-        elif number == signal.SIGKILL:
+        if number == signal.SIGKILL:
             # It waits for processes to die, and one may hang in the kernel.
             threading.Thread(target=self._end_child, args=(pid,), name="aque-kill", daemon=True).start()
         else:
             below = contain.below(pid)  # before the child can end, and they be someone else's
             self._runner.pool.terminate_job(pid, number)
             contain.signal_all(below, number)
+
+    def _say_that_it_goes_on(self) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "task %d cannot be ended: it runs in the worker's own process, in its pool %s, and goes on until it returns. "
+                "A worker with -P prefork can kill its tasks.",
+                self.task.id,
+                self._runner.pool.name,
+            )
 
     def _end_child(self, pid: int) -> None:
         contain.end_below(pid)
@@ -178,6 +221,8 @@ class Attempt:
         """Deliver a signal, no more."""
         if self._command is not None:
             self._command.signal(number)
+        elif not self.can_be_killed:
+            self._say_that_it_goes_on()  # the process is the worker's: it is no business of others
         elif pid := self.request.worker_pid:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -195,7 +240,7 @@ class Attempt:
     def start_sandboxed(self, environment: dict[bytes, bytes], user: OtherUser | None) -> None:
         """Hand the function to an interpreter of its own, under a supervisor."""
         task, limit = self.task, self._runner.settings.result_limit_bytes
-        interpreter = os.fsencode(task.interpreter or sys.executable)
+        interpreter = os.fsencode(sys.executable if task.interpreter in ("", OWN_INTERPRETER) else task.interpreter)
         script_directory = task.import_path[0] if task.import_path else ""
         asked = sandbox.request(task.function, task.arguments, task.results, script_directory, limit)
         self._supervise(
@@ -306,7 +351,7 @@ class Attempt:
                 State.SUCCESS, value=answer.value, shown=answer.shown, seconds=answer.seconds, cut=ended.truncated
             )
         else:
-            stored = codec.encode_error(answer.error["type"], answer.error["message"], answer.error["traceback"])
+            stored = codec.encode_error(**answer.error)
             self._end(State.ERROR, Reason(answer.reason), error=stored, seconds=answer.seconds, cut=ended.truncated)
 
     # -- a function ---------------------------------------------------------------------------------------------------
@@ -314,8 +359,11 @@ class Attempt:
     def start_function(self, variables: dict[str, str]) -> None:
         """Hand the function to a child of the pool."""
         task, settings = self.task, self._runner.settings
+        here = self._runner.runs_functions_itself
+        if here and (task.time_limit_seconds is not None or task.soft_time_limit_seconds is not None):
+            logger.warning("task %d has a time limit, which the pool %s cannot hold", task.id, self._runner.pool.name)
         self._runner.pool.apply_async(
-            child.run,
+            child.run_in_thread if here else child.run,
             args=(
                 task.function,
                 self.request.id,
@@ -325,7 +373,7 @@ class Attempt:
                 variables,
                 task.import_path,
                 settings.result_limit_bytes,
-                settings.kill_grace_seconds,
+                *(() if here else (settings.kill_grace_seconds,)),
                 self.assigned.cpus,
             ),
             accept_callback=self._on_accepted,
@@ -351,7 +399,7 @@ class Attempt:
         self.request.on_accepted(pid, accepted)
         if self.killed is not None:  # killed between start and acceptance
             self._kill_child(pid, self.killed)
-        if pid == os.getpid():
+        if self._runner.runs_functions_itself:
             return
         # Not the pool's own limits: it looks once a second, kills the child alone, and 0.1 s after the first signal.
         if (seconds := self.task.soft_time_limit_seconds) is not None:
@@ -447,7 +495,7 @@ class Attempt:
             self._end_when_gone(lambda: self._end(State.KILLED, Reason.REQUEST, signal=number))
         elif isinstance(error, TimeLimitExceeded):
             self._time_out_by_pool()
-        elif isinstance(error, (Terminated, SystemExit, WorkerLostError)):
+        elif isinstance(error, (Terminated, SystemExit, WorkerLostError)) and not self._runner.runs_functions_itself:
             self._end_when_gone(lambda: self._end(State.READY, Reason.WORKER_LOST, error=stored))
         else:
             self._end(State.ERROR, Reason.EXCEPTION, error=stored)
@@ -510,27 +558,21 @@ class Attempt:
         # Before its reservation ends: the next one may need them.
         self._runner.assignments.release((task.id, task.attempt))
         self._runner.line.close(task)
+        if self._runner.announcer.is_wanted:
+            self._runner.announcer.hold((task.id, task.token), self.request.id, self._details(error, shown))
         self._runner.listener.finished(outcome)
-        if self._runner.eventer.enabled:
-            self._send_event(state, error, shown, ran)
 
-    def _send_event(self, state: State, error: bytes | None, shown: str, ran: float) -> None:
-        send = self.request.send_event
-        if state is State.SUCCESS:
-            send("task-succeeded", result=shown, runtime=ran)
-        elif state is State.KILLED:
-            send("task-revoked", terminated=True, signum=self.killed, expired=False)
-        elif state is State.ERROR:
-            fields = codec.decode_error(error)
-            send(
-                "task-failed",
-                exception=f"{fields['type']} {fields['message']}".strip() or shown,
-                traceback=fields["traceback"],
-            )
+    def _details(self, error: bytes | None, shown: str) -> dict[str, Any]:
+        """What events tell of the end."""
+        if error is None:
+            return {"result": shown, "exception": shown, "signum": self.killed}
+        fields = codec.decode_error(error)
+        exception = f"{fields['type']} {fields['message']}".strip() or shown
+        return {"exception": exception, "traceback": fields["traceback"], "signum": self.killed}
 
 
 class Runner:
-    """Starts attempts. `pool` is Celery's process pool, `eventer` takes Celery's events without ever blocking;
+    """Starts attempts. `pool` is one of `aque.pool` or `aque.inprocess`, `eventer` takes Celery's events without ever blocking;
     `end_strangers` kills what processes that died have left to this one, see `contain.Strangers`."""
 
     def __init__(
@@ -540,6 +582,7 @@ class Runner:
         pool: Any,
         commands: CommandRunner,
         eventer: Any,
+        announcer: Announcer,
         settings: Settings,
         place: Place,
         listener: Listener,
@@ -550,8 +593,12 @@ class Runner:
         self.app = app
         self.hostname = hostname
         self.pool = pool
+        self.runs_functions_itself = isinstance(pool, InProcess)
         self.commands = commands
         self.eventer = eventer
+        self.announcer = announcer
+        #: (soft, hard) in seconds, by the names of tasks: for those that have none of their own, see `panel`.
+        self.time_limits: dict[str, tuple[float | None, float | None]] = {}
         self.settings = settings
         self.place = place
         self.listener = listener
@@ -576,6 +623,7 @@ class Runner:
 
     def start(self, task: ClaimedTask, need: Capacity) -> Attempt:
         """Start an attempt with `need` reserved; whatever goes wrong becomes its outcome."""
+        task = self._limited(task)
         attempt = Attempt(self, task)
         try:
             if task_received.receivers:
@@ -609,6 +657,29 @@ class Runner:
         except Exception as error:
             attempt.fail(error)
         return attempt
+
+    def request(self, task: ClaimedTask) -> "_Request":
+        """The task as Celery sees it."""
+        return _Request(
+            _Row(task, self.settings.event_arguments),
+            app=self.app,
+            hostname=self.hostname,
+            eventer=self.eventer,
+            task=self.proxy_task,
+            decoded=False,
+        )
+
+    def _limited(self, task: ClaimedTask) -> ClaimedTask:
+        """With the time limits that remote control has set for its name, where it has none of its own."""
+        if task.name not in self.time_limits:
+            return task
+        soft, hard = self.time_limits[task.name]
+        own_soft, own_hard = task.soft_time_limit_seconds, task.time_limit_seconds
+        return replace(
+            task,
+            soft_time_limit_seconds=soft if own_soft is None else own_soft,
+            time_limit_seconds=hard if own_hard is None else own_hard,
+        )
 
     def _other_user(self, task: ClaimedTask, variables: dict[str, str]) -> tuple[OtherUser | None, dict[bytes, bytes]]:
         """The user that a task's process becomes (None: none), and its environment."""
@@ -668,15 +739,15 @@ def _host_failure(task: ClaimedTask, reason: Reason, why: str) -> HostFailure:
 
 
 def _error(error: BaseException) -> bytes:
-    return codec.encode_error(f"{type(error).__module__}.{type(error).__qualname__}", str(error))
+    return codec.encode_exception(error)
 
 
-def _shown_arguments(task: ClaimedTask) -> tuple[Any, Any, dict[str, Any]]:
+def shown_arguments(pattern: Pattern, argv: Sequence[bytes], arguments: bytes) -> tuple[Any, Any, dict[str, Any]]:
     """(args, kwargs, embedded) for Celery's eyes: decoded without kombu's types, which only the child needs."""
-    if task.pattern is Pattern.SHELL:
-        return [word.decode(errors="backslashreplace") for word in task.argv[:64]], {}, {}
+    if pattern is Pattern.SHELL:
+        return [word.decode(errors="backslashreplace") for word in argv[:64]], {}, {}
     try:
-        args, kwargs = json.loads(task.arguments)
+        args, kwargs = json.loads(arguments)
     except Exception:  # the child will say what is wrong with them
         return [], {}, {}
     return args, kwargs, {}

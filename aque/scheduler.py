@@ -12,6 +12,7 @@ import random
 import secrets
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,17 @@ from aque.rates import Rates
 from aque.resources import Capacity
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
-from aque.store import DatabaseError, Finished, Kill, Store, can_run_again, is_data_error, one_statement, transaction
+from aque.store import (
+    DatabaseError,
+    Finished,
+    Kill,
+    Released,
+    Store,
+    can_run_again,
+    is_data_error,
+    one_statement,
+    transaction,
+)
 from aque.values import ClaimedTask, Outcome, ReadyTask
 
 logger = logging.getLogger(__name__)
@@ -62,6 +73,10 @@ class Running(Protocol):
     @property
     def outlives_worker(self) -> bool:
         """It goes on while the worker's image is replaced."""
+
+    @property
+    def can_be_killed(self) -> bool:
+        """`kill` will end it."""
 
     def kill(self, number: int, grace_seconds: float) -> None:
         """End it."""
@@ -126,8 +141,9 @@ class Scheduler:
     """Claims, starts and finishes tasks for one worker.
 
     `start_task` starts an attempt, with what is reserved for it, and never raises; `on_end` is called when an `until` is
-    reached, `on_news` when the worker's row should tell something else of what it avoids; once `is_urgent` is true, whatever
-    runs is killed and given back.
+    reached, `on_news` when the worker's row should tell something else of what it avoids, `on_written` after each commit that
+    has written outcomes or released something (it must not wait for anything); once `is_urgent` is true, whatever runs is
+    killed and given back.
     """
 
     def __init__(
@@ -144,6 +160,7 @@ class Scheduler:
         is_urgent: Callable[[], bool],
         ordered_rate: Callable[[str], float | None] = lambda name: None,
         on_news: Callable[[], None] = lambda: None,
+        on_written: Callable[[list[Outcome], Released], None] = lambda outcomes, released: None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -153,6 +170,7 @@ class Scheduler:
         self._on_end = on_end
         self._is_urgent = is_urgent
         self._on_news = on_news
+        self._on_written = on_written
         self._mounts = Mounts(place.host, self.look)
         self._classes = Classes(store, settings, place, self._mounts)
         self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds, Rates(ordered_rate))
@@ -190,6 +208,8 @@ class Scheduler:
         self._one_by_one = False
         self._finish_only = False  #: after a failure: what claiming cannot do must not keep finishing from the table
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Not when the thread ends: others may still wake it, and the number could be someone else's file by then.
+        weakref.finalize(self, os.close, self._wake_fd).atexit = False
         self._bell: doorbell.Doorbell | None = None
         self._connection: Any = None
         self._thread = threading.Thread(target=self._run, name="aque-scheduler", daemon=True)
@@ -319,6 +339,11 @@ class Scheduler:
         with self._lock:
             return [entry.task for entry in self._running.values()]
 
+    def buffered(self) -> list[ClaimedTask]:
+        """What is claimed and has not started."""
+        with self._lock:
+            return list(self._buffer)
+
     @property
     def is_drained(self) -> bool:
         """True while a person wants this worker to claim nothing."""
@@ -401,7 +426,7 @@ class Scheduler:
         self._wait_until_idle(drain_seconds, self._is_urgent)
         self._draining = True
         self._abandon(self._left())
-        idle = self._wait_until_idle(10.0, lambda: False)
+        idle = self._wait_until_idle(10.0, self._is_nothing_killed)
         self._stopped.set()
         self._wake()
         self._thread.join(10)
@@ -417,6 +442,10 @@ class Scheduler:
                 if handed_over or entry.attempt is None or not entry.attempt.outlives_worker
             ]
 
+    def _is_nothing_killed(self) -> bool:
+        """All that is left is what nobody can end."""
+        return not any(entry.attempt is None or entry.attempt.can_be_killed for entry in self._left())
+
     def _wait_until_idle(self, seconds: float, is_enough: Callable[[], bool], handed_over: bool = True) -> bool:
         deadline = time.monotonic() + seconds
         while self._left(handed_over):
@@ -431,7 +460,8 @@ class Scheduler:
         with self._lock:
             self._abandoned |= {(entry.task.id, entry.task.token) for entry in left}
         for entry in left:
-            logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
+            if entry.attempt is None or entry.attempt.can_be_killed:
+                logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
             self._kill(entry, 9, self._settings.kill_grace_seconds)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
@@ -549,6 +579,7 @@ class Scheduler:
                 released = self._store.advance(connection)
             doorbell.ring(connection, {doorbell.READY, doorbell.DONE} if released.expired else {doorbell.READY})
             self._look_ready = True
+            self._on_written([], released)
             seconds = self._store.next_time(connection)
         self._times_at = None if seconds is None else time.monotonic() + seconds
 
@@ -665,6 +696,8 @@ class Scheduler:
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
         self._back_off([o for o in batch.outcomes if o.host_failure], finished.elsewhere)
         self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
+        if batch.outcomes:
+            self._on_written(batch.outcomes, finished)
 
     def _finish_alone(self, connection: Any, batch: Batch) -> bool:
         """Record a lone success, without the two round trips of a transaction. False: nothing was written."""
@@ -673,6 +706,7 @@ class Scheduler:
         self._writing = Batch()
         self._remember(batch.outcomes)
         doorbell.ring(connection, {doorbell.DONE})
+        self._on_written(batch.outcomes, Finished(ended={batch.outcomes[0].id: State.SUCCESS}))
         return True
 
     def _after_commit(

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
-from aque import doorbell, durations, hints
+from aque import current, doorbell, durations, hints
 from aque.chooser import why_nowhere
 from aque.durations import RunTime
 from aque.errors import BadInput
@@ -76,7 +76,8 @@ class Options:
     max_attempts: int = 1
     requeue: bool = True  #: False: if its worker dies, it is not run again
     strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
-    interpreter: str = ""  #: of a Python task: a program such as /usr/bin/python3
+    #: of a Python task: a program such as /usr/bin/python3; "worker": the worker's own, in a process of its own
+    interpreter: str = ""
     user: str = ""  #: whose process it becomes; empty: the submitter's. Only root may name another
     layer: str = ""
     dependencies: tuple[Dependency, ...] = ()
@@ -349,7 +350,15 @@ class Submitter:
         return Redirections(**{what: None if path is None else _path(what, path) for what, path in named.items()})
 
     def function(
-        self, task_id: int, function: str, name: str, arguments: bytes, inputs: Sequence[int], options: Options
+        self,
+        task_id: int,
+        function: str,
+        name: str,
+        arguments: bytes,
+        inputs: Sequence[int],
+        options: Options,
+        *,
+        env: Mapping[bytes, bytes] | None = None,
     ) -> TaskSpec:
         """A function, given as "module:qualname", with its arguments as JSON of [args, kwargs]."""
         if options.strict_lease and not options.interpreter:
@@ -370,7 +379,9 @@ class Submitter:
             io_paths=_io_paths(options, cwd),
             umask=_umask(),
             # A pool's child has the worker's environment: only who runs it apart needs the submitter's.
-            environment=_environment(os.environb) if options.interpreter or self.settings.is_shared else b"",
+            environment=_environment(os.environb if env is None else env)
+            if options.interpreter or self.settings.is_shared
+            else b"",
             import_path=tuple(entry or os.getcwd() for entry in sys.path),
         )
 
@@ -457,9 +468,10 @@ class Submitter:
         return _text("user", options.user) or self._user
 
     def _parent(self) -> int | None:
-        """The task that this process is part of, if it belongs to the same farm."""
-        task_id = os.environ.get("AQUE_TASK_ID", "")
-        same_farm = os.environ.get("AQUE_BROKER", "") == self.settings.to_url()
+        """The task that this code is part of, if it belongs to the same farm."""
+        own = current.variables()
+        task_id = own.get("AQUE_TASK_ID", "")
+        same_farm = own.get("AQUE_BROKER", "") == self.settings.to_url()
         return int(task_id) if task_id.isdecimal() and same_farm else None
 
     def _inherited(self, parent_id: int) -> Inherited | None:

@@ -11,11 +11,12 @@ from celery.result import AsyncResult
 from aque import canvas
 from aque.calls import goes_through_table
 from aque.celery_options import is_broadcast
+from aque.farm import RESULT_SCHEME, settings_of
 from aque.handles import GroupHandle, Handle
 
 logger = logging.getLogger(__name__)
 
-#: As Celery's `result_backend` names it.
+#: As Celery finds it.
 BACKEND = "aque.backend:Backend"
 
 
@@ -57,9 +58,10 @@ def take_results(app: Celery) -> None:
 def configure_results(app: Celery) -> None:
     """Let `app.conf` name the results that are used; those that are not are named in the log."""
     configured = app.conf.result_backend
-    if configured and configured != BACKEND:
+    used = RESULT_SCHEME + settings_of(app).to_url()
+    if configured and configured != used:
         scheme = str(configured).partition(":")[0]  # the rest may hold a password
         logger.warning(
             "results are kept in Aque's table: the result backend %s of the configuration is not used.", scheme
         )
-    app.conf.result_backend = BACKEND
+    app.conf.result_backend = used

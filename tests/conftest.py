@@ -16,7 +16,7 @@ from aque import residency, settings
 from aque.store import schema
 from aque.store.engine import open_engine
 from tests import filesystems
-from tests.servers import MissingBinary, PostgreSQL, Redis, Server
+from tests.servers import MissingBinary, PostgreSQL, RabbitMQ, Redis, Server
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 
@@ -100,6 +100,13 @@ def fresh_postgresql_url(postgresql_server: PostgreSQL) -> Iterator[str]:
 def redis_url() -> Iterator[str]:
     """One Redis for the whole run: tests share what is in it, and do not stop it."""
     with start(Redis) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url() -> Iterator[str]:
+    """One RabbitMQ for the whole run: tests share what is in it, and do not stop it."""
+    with start(RabbitMQ) as server:
         yield server.url
 
 

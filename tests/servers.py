@@ -1,9 +1,9 @@
-"""Private PostgreSQL and Redis servers: installed binaries on free loopback ports, ended with whoever started them.
+"""Private PostgreSQL, Redis and RabbitMQ servers: installed binaries on free loopback ports, ended with whoever started them.
 
-with PostgreSQL() as server:        # or Redis()
+with PostgreSQL() as server:        # or Redis(), RabbitMQ()
     run_something(server.url)
     server.stop("immediate")        # as in a crash
-    server.start()                  # same port, same data (Redis keeps nothing)
+    server.start()                  # same port, same data (Redis keeps nothing, unless it is told to)
     server.pause()                  # a server that hangs: its connections stay open and nothing answers
     server.resume()
 """
@@ -24,6 +24,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import amqp
 import psutil
 import psycopg2
 
@@ -153,7 +154,7 @@ class Guarded:
 
 
 class Server:
-    """What the two servers share: a directory, a port that stays the same over restarts, start, stop and pause."""
+    """What the servers share: a directory, a port that stays the same over restarts, start, stop and pause."""
 
     #: How a server is told to end; "fast" is orderly, "kill" is kill -9.
     STOP: ClassVar[dict[str, signal.Signals]]
@@ -173,6 +174,10 @@ class Server:
 
     def prepare(self) -> None:
         """Fill the new directory."""
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the server's process."""
+        return server_environment()
 
     @property
     def pid(self) -> int:
@@ -209,7 +214,7 @@ class Server:
             child = self._child = Guarded(
                 self.argv(),
                 directory=self.directory,
-                env=server_environment(),
+                env=self.environment(),
                 ending=self.STOP["fast"],
                 user=self.user,
             )
@@ -325,12 +330,13 @@ class PostgreSQL(Server):
 
 
 class Redis(Server):
-    """A Redis server that keeps its data in memory only: stopping it loses everything in it."""
+    """A Redis server that keeps its data in memory only: stopping it loses everything in it, unless it is `durable`."""
 
     STOP: ClassVar = {"fast": signal.SIGTERM, "kill": signal.SIGKILL}
 
-    def __init__(self) -> None:
+    def __init__(self, durable: bool = False) -> None:
         super().__init__()
+        self.durable = durable
         self.binary = find_binary("redis-server")
         if self.binary is None:
             raise MissingBinary("redis-server is not installed (Debian's package: redis-server).")
@@ -341,7 +347,8 @@ class Redis(Server):
 
     def argv(self) -> list[str | Path]:
         network = ["--bind", "127.0.0.1", "--port", str(self.port)]
-        return [str(self.binary), *network, "--save", "", "--appendonly", "no", "--dir", str(self.directory)]
+        kept = ["--appendonly", "yes", "--appendfsync", "always"] if self.durable else ["--appendonly", "no"]
+        return [str(self.binary), *network, "--save", "", *kept, "--dir", str(self.directory)]
 
     def answers(self) -> bool:
         try:
@@ -349,6 +356,87 @@ class Redis(Server):
                 connection.sendall(b"INFO server\r\n")
                 return b"process_id:%d\r\n" % self.pid in connection.recv(65536)
         except OSError:
+            return False
+
+
+class RabbitMQ(Server):
+    """A RabbitMQ node of one's own, with a port mapper (epmd) of its own: two take five seconds to start together."""
+
+    STOP: ClassVar = {"fast": signal.SIGTERM, "kill": signal.SIGKILL}
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Debian's program in PATH is a wrapper that insists on the user rabbitmq and its directories.
+        wrapped = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+        self.binary = wrapped if wrapped.exists() else find_binary("rabbitmq-server")
+        self.mapper_binary = find_binary("epmd")
+        if self.binary is None or self.mapper_binary is None:
+            raise MissingBinary("rabbitmq-server and its epmd are not installed (Debian's package: rabbitmq-server).")
+        self.mapper_port = free_port()
+        self.between_nodes = free_port()
+        self._mapper: Guarded | None = None
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    @property
+    def node(self) -> str:
+        return f"{self.directory.name}@localhost"
+
+    def prepare(self) -> None:
+        (self.directory / "plugins").write_text("[].")
+        (self.directory / "rabbitmq.conf").write_text(
+            "disk_free_limit.absolute = 1MB\n"  # a machine that is nearly full would silently block who publishes
+            f"cluster_name = {self.directory.name}\n"
+            "log.console = true\nlog.console.level = warning\nlog.file = false\n"
+        )
+        mapper_directory = self.directory / "epmd"
+        mapper_directory.mkdir()
+        # The node would start one that outlives it, on the port that all of the machine's Erlang programs share.
+        command = [self.mapper_binary, "-port", str(self.mapper_port), "-address", "127.0.0.1"]
+        self._mapper = Guarded([str(word) for word in command], directory=mapper_directory, env=server_environment())
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._mapper is not None and self._child is None:
+                self._mapper.end(signal.SIGTERM)
+        finally:
+            super().__exit__()
+            if self._mapper is not None and self._mapper.running():
+                self._mapper.end(signal.SIGTERM)
+
+    def argv(self) -> list[str | Path]:
+        return [str(self.binary)]
+
+    def environment(self) -> dict[str, str]:
+        here = str(self.directory)
+        return {
+            **server_environment(),
+            "HOME": here,  # of .erlang.cookie
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(self.mapper_port),
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self.between_nodes),
+            "RABBITMQ_MNESIA_BASE": f"{here}/mnesia",
+            "RABBITMQ_LOG_BASE": f"{here}/logs",
+            "RABBITMQ_GENERATED_CONFIG_DIR": f"{here}/generated",
+            "RABBITMQ_PID_FILE": f"{here}/pid",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{here}/plugins",
+            "RABBITMQ_CONFIG_FILE": f"{here}/rabbitmq.conf",
+            "RABBITMQ_CONF_ENV_FILE": f"{here}/none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +S 2:2 +sbwt none",
+            # Of its three ways to start, the one that becomes the node instead of keeping a shell as its parent.
+            "RUNNING_UNDER_SYSTEMD": "true",
+        }
+
+    def answers(self) -> bool:
+        try:
+            with amqp.Connection(host=f"127.0.0.1:{self.port}", connect_timeout=1, read_timeout=2) as connection:
+                return bool(connection.server_properties["cluster_name"] == self.directory.name)
+        except (OSError, amqp.AMQPError):
             return False
 
 

@@ -1,5 +1,6 @@
 """The table that is the truth: the only package that imports SQLAlchemy and holds SQL."""
 
+from aque.store.controls import Scheduled, scheduled, stamped
 from aque.store.engine import (
     DatabaseError,
     again,
@@ -12,8 +13,11 @@ from aque.store.engine import (
 )
 from aque.store.groups import Tree
 from aque.store.limits import LimitRow
+from aque.store.recording import SWITCHED_OFF
 from aque.store.refusals import Refusal
+from aque.store.retention import Ages, Removed, Sizes
 from aque.store.store import (
+    Call,
     Finding,
     Finished,
     Inherited,
@@ -28,8 +32,13 @@ from aque.store.store import (
     open_store,
     unchecked_store,
 )
+from aque.store.transitions import CursorRow, Transition
 
 __all__ = [
+    "SWITCHED_OFF",
+    "Ages",
+    "Call",
+    "CursorRow",
     "DatabaseError",
     "Finding",
     "Finished",
@@ -41,8 +50,12 @@ __all__ = [
     "Orders",
     "Refusal",
     "Released",
+    "Removed",
+    "Scheduled",
+    "Sizes",
     "Store",
     "StoredResult",
+    "Transition",
     "Tree",
     "WorkerRow",
     "again",
@@ -52,6 +65,8 @@ __all__ = [
     "is_data_error",
     "one_statement",
     "open_store",
+    "scheduled",
+    "stamped",
     "transaction",
     "unchecked_store",
 ]

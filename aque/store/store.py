@@ -40,8 +40,10 @@ from aque.store.groups import Groups, in_turn
 from aque.store.limits import Limits
 from aque.store.refusals import Refusals
 from aque.store.reservations import Reservations, ready_task
+from aque.store.retention import KNOWN_SECONDS, Retention, environment_id
 from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
+from aque.store.transitions import Transitions
 from aque.values import (
     Children,
     ClaimedTask,
@@ -137,6 +139,18 @@ class StoredResult:
     finished_at: float | None
     value: bytes | None
     error: bytes | None
+    failed: int = 0  #: attempts
+    parent_id: int | None = None
+    has_children: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What Celery's extended results tell of a task beside its end."""
+
+    arguments: bytes | None  #: JSON of [args, kwargs]; None: not a function's
+    queue: str | None
+    worker: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,11 +260,14 @@ class Store:
         self.explanations = Explanations(self.dialect)
         self.changes = Changes(self.dialect)
         self.refusals = Refusals(self.dialect)
+        self.retention = Retention(engine)
         self._requirement_ids: dict[Requirement, int] = {}
+        self._looked_up: dict[Requirement, float] = {}  # when, in seconds since 1970
         self._requirements: dict[int, Requirement] = {}
-        self._environment_ids: set[str] = set()
+        self._environment_ids: dict[str, str] = {}  # by digest
         self._clock = (-math.inf, 0.0)
         self.run_times = RunTimes(self.dialect)
+        self.transitions = Transitions(self.dialect)
 
     @contextmanager
     def connect(self) -> Iterator[sa.Connection]:
@@ -352,17 +369,22 @@ class Store:
         self.requirement_ids(connection, wanted)
         for content in {spec.environment for spec in specs if spec.environment}:
             digest = _digest(content)
-            if digest not in self._environment_ids:
-                connection.execute(sql.add_environment(self.dialect), {"id": digest, "content": content})
-                self._environment_ids.add(digest)
+            new = environment_id(digest, self.now(connection))
+            if self._environment_ids.get(digest) != new:
+                connection.execute(sql.add_environment(self.dialect), {"id": new, "content": content})
+                self._environment_ids[digest] = new
 
     def requirement_ids(self, connection: sa.Connection, wanted: Iterable[Requirement]) -> dict[Requirement, int]:
         """The classes of these requirements, made if there are none, outside of any transaction: see `intern`."""
         known = self._requirement_ids
         found = {}
         for requirement in wanted:
-            if requirement not in known:
+            # Not for ever: one that nobody has used for long may have been removed, see `retention`. By the wall clock,
+            # which goes on while the machine sleeps.
+            now = time.time()
+            if not 0 <= now - self._looked_up.get(requirement, -math.inf) < KNOWN_SECONDS:
                 known[requirement] = self._requirement_id(connection, requirement)
+                self._looked_up[requirement] = now
             found[requirement] = known[requirement]
         return found
 
@@ -461,7 +483,7 @@ class Store:
             spec.login,
             spec.cwd,
             spec.umask,
-            _digest(spec.environment) if spec.environment else None,
+            self._environment_ids[_digest(spec.environment)] if spec.environment else None,
             _json_list(spec.import_path) if spec.import_path else b"",
             _join(spec.io_paths or ()),
             spec.time_limit_seconds,
@@ -1181,22 +1203,28 @@ class Store:
 
     def stored_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
         """State, result and error of each of these tasks that there is."""
-        rows = connection.execute(sql.results(self.dialect), {"ids": list(ids)})
-        return {
-            row.id: StoredResult(
-                row.id,
-                row.name,
-                State(row.state),
-                None if row.reason is None else Reason(row.reason),
-                row.exit_code,
-                row.signal,
-                Pattern(row.pattern),
-                row.finished_at,
-                None if row.value is None else bytes(row.value),
-                None if row.error is None else bytes(row.error),
-            )
-            for row in rows
-        }
+        return _stored_results(connection.execute(sql.results(self.dialect), {"ids": list(ids)}))
+
+    def ended_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
+        """The same of those that are complete."""
+        return _stored_results(connection.execute(sql.ended_results(self.dialect), {"ids": list(ids)}))
+
+    def children_of(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, list[tuple[int, str | None]]]:
+        """The children of these tasks, as (id, Celery's id where a caller brought one)."""
+        found: dict[int, list[tuple[int, str | None]]] = {}
+        for row in connection.execute(sql.children_of(self.dialect), {"ids": list(ids)}):
+            found.setdefault(row.parent_id, []).append((row.id, row.celery_id))
+        return found
+
+    def told(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, tuple[str, bytes]]:
+        """The states of their own, with their JSON, that those of these tasks that run have told."""
+        rows = connection.execute(sql.told(self.dialect), {"ids": list(ids)})
+        return {row.task_id: (row.state, bytes(row.meta)) for row in rows}
+
+    def calls(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, Call]:
+        """What these tasks are calls of, and where they ran."""
+        rows = connection.execute(sql.calls(self.dialect), {"ids": list(ids)})
+        return {row.id: Call(_bytes(row.arguments), row.queue, row.worker) for row in rows}
 
     def ids_of(self, connection: sa.Connection, celery_ids: Sequence[str]) -> dict[str, int]:
         """The tasks that Celery knows by these ids: decimal ones, and those that a caller brought."""
@@ -1394,6 +1422,27 @@ def _claimed(row: Any, token: int) -> ClaimedTask:
         failed=row.failed,
         extra=json.loads(row.extra) if row.extra else {},
     )
+
+
+def _stored_results(rows: Iterable[Any]) -> dict[int, StoredResult]:
+    return {
+        row.id: StoredResult(
+            row.id,
+            row.name,
+            State(row.state),
+            None if row.reason is None else Reason(row.reason),
+            row.exit_code,
+            row.signal,
+            Pattern(row.pattern),
+            row.finished_at,
+            _bytes(row.value),
+            _bytes(row.error),
+            row.failed,
+            row.parent_id,
+            bool(row.has_children),
+        )
+        for row in rows
+    }
 
 
 def _bytes(value: Any) -> bytes | None:

@@ -12,6 +12,9 @@ import aque
 from tests.worker.tasks import append, wait_for
 
 app = aque.setup(Celery("ordinary", backend=os.environ.get("TEST_BACKEND", "rpc://"), include=["tests.worker.tasks"]))
+if seconds := os.environ.get("TEST_VISIBILITY_SECONDS"):  # after so long Redis gives a message to another worker
+    app.conf.broker_transport_options = {"visibility_timeout": float(seconds)}
+app.conf.worker_pool_restarts = bool(os.environ.get("TEST_POOL_RESTARTS"))
 
 
 @app.task  # type: ignore[untyped-decorator]
@@ -36,6 +39,13 @@ def current_task_id() -> int | None:
 def wait(path: str, gate: str) -> None:
     append(path, "once")
     wait_for(gate)
+
+
+@app.task(acks_late=True, ignore_result=True)  # type: ignore[untyped-decorator]
+def note(path: str, line: str, seconds: float) -> None:
+    """Its message is gone when it has run; it has no result, which would wait for the broker."""
+    time.sleep(seconds)
+    append(path, line)
 
 
 @app.task(base=aque.Task)  # type: ignore[untyped-decorator]

@@ -18,6 +18,7 @@ import aque
 from aque.errors import TaskCancelled, TaskKilled
 from tests.servers import PostgreSQL, Redis, free_port, wait_until
 from tests.worker import tasks
+from tests.worker.conftest import ON_EVERY_BROKER
 from tests.worker.farm import LIMIT_SECONDS, ROOT, Farm, processes_with
 
 LIMIT = LIMIT_SECONDS
@@ -57,6 +58,7 @@ def run_until(gate: Path, started: Path) -> tuple[Any, Any]:
 # -- remote control -------------------------------------------------------------------------------------------------------
 
 
+@ON_EVERY_BROKER
 def test_inspect_active_shows_running_functions_and_commands(farm: Farm, client: Celery, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     function, command = run_until(gate, tmp_path / "started")
@@ -100,6 +102,7 @@ def test_revoke_withdraws_what_waits_and_lets_run_what_runs(farm: Farm, client: 
     assert running.get(timeout=LIMIT) == 1
 
 
+@ON_EVERY_BROKER
 def test_revoke_with_terminate_kills_functions_and_commands_and_leaves_no_process(
     farm: Farm, client: Celery, tmp_path: Path
 ) -> None:
@@ -124,6 +127,7 @@ def test_terminate_on_the_command_line_kills_a_running_task(farm: Farm, client: 
     assert row["signal"] == signal.SIGKILL
 
 
+@ON_EVERY_BROKER
 def test_revoke_knows_a_task_by_the_id_that_its_caller_brought(farm: Farm, client: Celery, tmp_path: Path) -> None:
     mine = str(uuid4())
     tasks.started.apply_async((str(tmp_path / "started"), str(tmp_path / "never")), task_id=mine)
@@ -132,6 +136,7 @@ def test_revoke_knows_a_task_by_the_id_that_its_caller_brought(farm: Farm, clien
     farm.wait_for_state(mine, "killed")
 
 
+@ON_EVERY_BROKER
 def test_add_consumer_and_cancel_consumer_change_what_is_claimed(farm: Farm, client: Celery) -> None:
     worker, queue = farm.workers[0], f"render-{uuid4().hex[:8]}"
     first = tasks.echo.apply_async((1,), queue=queue)
@@ -160,6 +165,7 @@ def test_a_worker_serves_the_queues_that_it_was_started_with(own_farm: Farm) -> 
 # -- events ---------------------------------------------------------------------------------------------------------------
 
 
+@ON_EVERY_BROKER
 def test_celery_events_shows_the_life_of_functions_and_commands(farm: Farm, client: Celery) -> None:
     watcher = farm.start_program(sys.executable, "-u", "-m", "celery", "-A", "aque.celery_app", "events", "--dump")
     try:
@@ -186,6 +192,7 @@ def test_celery_events_shows_the_life_of_functions_and_commands(farm: Farm, clie
         watcher.end(signal.SIGKILL)
 
 
+@ON_EVERY_BROKER
 def test_flower_shows_a_running_task(farm: Farm, client: Celery, tmp_path: Path) -> None:
     pytest.importorskip("flower")
     gate, port = tmp_path / "gate", free_port()
@@ -245,6 +252,7 @@ def test_a_task_of_the_app_with_aques_base_goes_through_the_table(own_farm: Farm
     assert own_farm.row(task)["name"] == f"{ORDINARY}.through_the_table"
 
 
+@ON_EVERY_BROKER
 def test_a_message_with_the_name_of_an_aque_task_is_refused_and_harms_nothing(farm: Farm, client: Celery) -> None:
     before = farm.counts()
     client.send_task(tasks.echo.name, (1,))
@@ -278,11 +286,20 @@ def test_tasks_start_and_finish_with_redis_while_it_hangs_and_while_it_is_gone(
         Farm(url, tmp_path, celery_broker=own_redis.url) as farm,
         farm.entered(),
     ):
-        worker = farm.start_worker("-c", "2", "-E", cpus=2)
-        client = farm.client(own_redis.url)
+        worker = farm.start_worker("-c", "2", "-E", app=ORDINARY, cpus=2)
+        client, notes = farm.client(own_redis.url), tmp_path / "notes"
         worker.wait_until_it_answers(client)
-        keep_running(farm, 3, trouble=own_redis.pause)
+
+        def hang_amid_ordinary_tasks() -> None:
+            """Some have ended, some run: their events and acknowledgements are under way."""
+            for n in range(6):
+                client.send_task(f"{ORDINARY}.note", (str(notes), str(n), 0.3))
+            wait_until(notes.exists, LIMIT, "the first has run")
+            own_redis.pause()
+
+        keep_running(farm, 3, trouble=hang_amid_ordinary_tasks)
         own_redis.resume()
+        wait_until(lambda: len(set(notes.read_text().split())) == 6, LIMIT, "the ordinary tasks have run")
         worker.wait_until_it_answers(client)
         keep_running(farm, 3, trouble=lambda: own_redis.stop("kill"))
         own_redis.start()

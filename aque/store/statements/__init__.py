@@ -12,7 +12,10 @@ from aque.store.statements.kills import *  # noqa: F403
 from aque.store.statements.leases import *  # noqa: F403
 from aque.store.statements.questions import *  # noqa: F403
 from aque.store.statements.refusals import *  # noqa: F403
+from aque.store.statements.results import *  # noqa: F403
+from aque.store.statements.retention import *  # noqa: F403
 from aque.store.statements.run_times import *  # noqa: F403
 from aque.store.statements.submissions import *  # noqa: F403
 from aque.store.statements.times import *  # noqa: F403
 from aque.store.statements.tokens import *  # noqa: F403
+from aque.store.statements.transitions import *  # noqa: F403

@@ -1,0 +1,71 @@
+"""The four ways in which Celery's messages travel, each with a farm and a client of its own.
+
+with served("rabbitmq", directory) as brokered:
+    brokered.worker, brokered.client        # a worker of tests.worker.ordinary, and who asks it
+    brokered.stop(); brokered.start()       # the broker, where it is a server
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+
+from tests.servers import PostgreSQL, RabbitMQ, Redis, Server
+from tests.worker.farm import Farm, Worker
+
+BROKERS = ("aque+sqlite", "aque+postgresql", "rabbitmq", "redis")
+APP = "tests.worker.ordinary"
+
+
+@dataclass
+class Brokered:
+    """A farm with one worker of four CPUs and three pool children."""
+
+    name: str
+    farm: Farm
+    worker: Worker
+    client: Celery
+    server: Server | None  #: of the broker; None: a file
+
+    def ask(self, command: str, timeout: float = 10, **arguments: Any) -> Any:
+        """The worker's answer to a command of remote control."""
+        answers = self.client.control.broadcast(
+            command, arguments, destination=[self.worker.name], reply=True, timeout=timeout, limit=1
+        )
+        assert answers, f"no answer to {command}"
+        return answers[0][self.worker.name]
+
+    def send(self, name: str, *args: Any, **options: Any) -> Any:
+        """An ordinary Celery task of the app."""
+        return self.client.send_task(f"{APP}.{name}", args, **options)
+
+
+@contextmanager
+def served(
+    name: str, directory: Path, *, words: tuple[str, ...] = ("-E",), env: Mapping[str, str] | None = None, **chosen: Any
+) -> Iterator[Brokered]:
+    """A farm whose messages travel by the broker of that name; this process belongs to it."""
+    with ExitStack() as stack:
+        server: Server | None = None
+        url, celery_broker = f"sqlite:///{directory / 'aque.db'}", {}
+        if name == "aque+postgresql":
+            server = stack.enter_context(PostgreSQL())
+            url = server.url
+        elif name == "rabbitmq":
+            server = stack.enter_context(RabbitMQ())
+            celery_broker = {"celery_broker": server.url}
+        elif name == "redis":
+            server = stack.enter_context(Redis(durable=True))
+            celery_broker = {"celery_broker": server.url}
+            # What a worker had when Redis went away is for another one after Celery's visibility timeout: an hour by default.
+            env = {"TEST_VISIBILITY_SECONDS": "5", **(env or {})}
+        farm = stack.enter_context(Farm(url, directory, **celery_broker, **chosen))
+        stack.enter_context(farm.entered())
+        worker = farm.start_worker("-c", "3", *words, app=APP, cpus=4, env=env)
+        client = farm.client()
+        worker.wait_until_it_answers(client)
+        yield Brokered(name, farm, worker, client, server)
+        client.close()
