@@ -254,7 +254,7 @@ def exception(stored: StoredResult, may_import: bool = False) -> Exception:
     if stored.reason is Reason.SIGNAL and stored.pattern is Pattern.SHELL:
         return CommandFailed(f"{what} was ended by signal {stored.signal}.", *details)
     if (
-        stored.reason is Reason.EXCEPTION
+        (stored.reason is Reason.EXCEPTION or (stored.reason is Reason.TIME_LIMIT and stored.pattern is Pattern.PYTHON))
         and (found := _exception_class(fields["type"], fields["module"], may_import))
         and (made := _made(found, fields))
     ):

@@ -17,6 +17,7 @@ from aque.backend import Backend
 from aque.errors import BadInput, RemoteError
 from aque.handles import Handle
 from tests.servers import wait_until
+from tests.worker import tasks
 from tests.worker.farm import LIMIT_SECONDS as LIMIT
 from tests.worker.farm import Farm
 
@@ -201,7 +202,7 @@ def test_tasks_that_are_aques_own_are_sent_by_name_too_and_others_keep_their_way
     app = aque.setup(Celery("own", broker="memory://", set_as_current=False))
 
     app.finalize()
-    sent = app.send_task("tests.worker.tasks.echo", (1,))
+    sent = app.send_task(tasks.echo.name, (1,))
     assert isinstance(sent, Handle)
     assert sent.get(timeout=LIMIT) == 1
     before = farm.counts()
