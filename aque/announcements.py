@@ -83,12 +83,12 @@ class _SentEvents(EventQueue):
     enabled = True
 
 
-_sent_events: dict[tuple[int, int], _SentEvents] = {}
+_sent_events: dict[tuple[int, int, str], _SentEvents] = {}
 
 
 def _events_of(app: Celery) -> _SentEvents:
     """A process's own: threads do not outlive a fork."""
-    key = (os.getpid(), id(app))
+    key = (os.getpid(), id(app), str(app.conf.broker_write_url))
     if key not in _sent_events:
         queue = _sent_events[key] = _SentEvents(app, anon_nodename(), lambda ids: {})
         queue.start()

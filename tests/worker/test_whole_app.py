@@ -52,7 +52,9 @@ def whole(farm: Farm) -> Iterator[ModuleType]:
 
     module = importlib.import_module(APP)
     module.app.set_current()
-    module.app.conf.broker_url = farm.bus_url  # read with the first farm, and there are two
+    # Read with the first farm, and there are two.
+    module.app.conf.update(broker_url=farm.bus_url, result_backend=f"aque+{farm.url}")
+    module.app._pool = None
     yield module
     before.set_current()
     before.set_default()
@@ -110,7 +112,7 @@ def test_what_celery_has_built_in_runs(farm: Farm, whole: ModuleType) -> None:
 def test_results_are_the_tables_whatever_backend_is_configured(farm: Farm, whole: ModuleType) -> None:
     app = whole.app
     assert isinstance(app.backend, Backend)
-    assert app.conf.result_backend == "aque.backend:Backend"
+    assert app.conf.result_backend.startswith(f"aque+{farm.url.partition(':')[0]}:")
     sent = whole.add.delay(2, 2)
     sent.get(timeout=LIMIT)
     for found in (app.AsyncResult(sent.id), whole.add.AsyncResult(sent.id), pickle.loads(pickle.dumps(sent))):
@@ -123,7 +125,7 @@ def test_results_are_the_tables_whatever_backend_is_configured(farm: Farm, whole
 def test_that_another_backend_is_not_used_is_said(farm: Farm, caplog: pytest.LogCaptureFixture) -> None:
     app = aque.setup(Celery("said", backend="redis://user:secret@host/0", set_as_current=False), tasks="all")
     with caplog.at_level(logging.WARNING):
-        assert app.conf.result_backend == "aque.backend:Backend"
+        assert app.conf.result_backend.startswith(f"aque+{farm.url.partition(':')[0]}:")
     assert "result backend redis of the configuration is not used" in caplog.text
     assert "secret" not in caplog.text
 
