@@ -5,6 +5,7 @@ comes and goes with the broker's connection, joins it to Celery's queues, events
 """
 
 import atexit
+import logging
 import os
 import sys
 from functools import partial
@@ -30,6 +31,8 @@ from aque.publisher import AlwaysEnabled
 from aque.signals import WorkerSignals
 from aque.store import open_store, unchecked_store
 from aque.worker import AqueWorker
+
+logger = logging.getLogger(__name__)
 
 
 class WorkerStep(bootsteps.StartStopStep):
@@ -108,6 +111,7 @@ class ConsumerStep(bootsteps.StartStopStep):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
         consumer.call_soon_ack = aque.acks.soon
         _look_up_from_waiting(consumer.connection)
+        _survive_closing(consumer.connection)
         aque.eventer.dispatcher = dispatcher = consumer.event_dispatcher
         # Strategies close over the handler that was there before, and over who sends the events of ordinary tasks: in the
         # thread that reads the pool's results, which a broker that hangs must not hold up.
@@ -140,6 +144,20 @@ def _look_up_from_waiting(connection: Any) -> None:
         return drain_events(timeout=None if timeout is None else min(timeout, 0.01 if stops else 0.2))
 
     connection.drain_events = drain
+
+
+def _survive_closing(connection: Any) -> None:
+    """Celery closes a lost connection before it makes a new one, and kombu's Redis, which then wants to give back the messages
+    that are not acknowledged, fails with an AttributeError that would end the worker with all that runs."""
+    close = connection.close
+
+    def close_or_leave() -> None:
+        try:
+            close()
+        except Exception as error:
+            logger.warning("a connection to the broker could not be closed in order: %s", error)
+
+    connection.close = close_or_leave
 
 
 def _run(worker: Any, start: Any) -> None:
