@@ -11,7 +11,7 @@ help:
 	@echo "make demo    the main job on real files, with nothing but Python installed"
 	@echo "make test    all tests (PYTEST_ARGS=...); those of a server that is not installed are skipped"
 	@echo "make check   lint, format, types and import contracts"
-	@echo "make bench   benchmarks beside Celery with Redis (BENCH=packing, policies, claims or supervision: another one; BENCH_ARGS=...)"
+	@echo "make bench   benchmarks beside Celery with Redis (BENCH=packing, policies, claims, events, supervision or waiting: another one; BENCH_ARGS=...)"
 	@echo "make clean   remove .venv, caches and benchmark results"
 
 demo: .venv/.runtime

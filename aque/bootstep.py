@@ -2,6 +2,10 @@
 
 Two steps: one in the worker, which runs whether or not there is a broker, holds the scheduler; one in the consumer, which
 comes and goes with the broker's connection, joins it to Celery's queues, events and ordinary tasks.
+
+A worker is a program (`celery worker`), whose process is its own, or it is embedded: in a thread of a process, such as a
+test's, that is somebody else's. There it leaves alone what belongs to the process: signals, the process's name, `sys.path`,
+children that it has not started, and orphans.
 """
 
 import atexit
@@ -15,7 +19,7 @@ from billiard.process import current_process
 from celery import bootsteps
 from celery.concurrency import get_implementation
 from celery.concurrency.prefork import TaskPool as PreforkPool
-from celery.platforms import strargv
+from celery.platforms import EX_OK, strargv
 from celery.signals import worker_init, worker_process_init
 from celery.worker import state as celery_state
 from celery.worker.consumer.tasks import Tasks
@@ -25,14 +29,18 @@ from aque import reload, restart, title
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import BadSetting
-from aque.farm import settings_of
+from aque.farm import farm_of, settings_of
+from aque.inprocess import InProcess, SoloPool, in_process
 from aque.pool import TaskPool
 from aque.publisher import AlwaysEnabled
 from aque.signals import WorkerSignals
 from aque.store import open_store, unchecked_store
-from aque.worker import AqueWorker
+from aque.worker import AqueWorker, whole_of
 
 logger = logging.getLogger(__name__)
+
+#: So long an embedded worker waits for the supervisors' server to end, which it does at once.
+SERVER_SECONDS = 5.0
 
 
 class WorkerStep(bootsteps.StartStopStep):
@@ -42,6 +50,10 @@ class WorkerStep(bootsteps.StartStopStep):
 
     def __init__(self, worker: Any, **options: Any) -> None:
         worker.aque = None
+        _refuse(worker)
+        if not _is_program(worker):
+            # What is wrong with the settings or the store is raised here to whoever starts it: its thread could only log it.
+            whole_of(farm_of(worker.app).settings, worker.concurrency)
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:
@@ -160,9 +172,50 @@ def _survive_closing(connection: Any) -> None:
     connection.close = close_or_leave
 
 
+def _is_program(worker: Any) -> bool:
+    """False for an embedded worker."""
+    return hasattr(worker, "install_platform_tweaks")
+
+
+def _refuse(worker: Any) -> None:
+    """Raise BadSetting for what cannot work; a program ends with the sentence. Celery's signals would swallow the exception."""
+    why = _why_not(worker)
+    if why and _is_program(worker):
+        raise SystemExit(f"celery worker: {why} Nothing was started.")
+    if why:
+        raise BadSetting(f"{why} Nothing was started.")
+
+
+def _why_not(worker: Any) -> str | None:
+    if not issubclass(worker.pool_cls, PreforkPool | InProcess):
+        name = f"{worker.pool_cls.__module__}:{worker.pool_cls.__qualname__}"
+        return (
+            f"Aque cannot run functions in the pool {name}: start the worker with -P prefork, which can do everything, threads "
+            "or solo."
+        )
+    if worker.options.get("autoscale"):
+        return (
+            "--autoscale does not go with Aque, whose reservations need to know how many children there are: give the largest "
+            "number with -c. Children that have nothing to do use no CPU."
+        )
+    return None
+
+
 def _run(worker: Any, start: Any) -> None:
     """Celery's `start`, which returns when the worker has stopped; then the restart, if there is to be one."""
-    start()
+    if not _is_program(worker):
+        worker.aque_commands.start()
+    try:
+        if isinstance(worker.pool, SoloPool):
+            worker.pool.serve(partial(_run_to_the_end, worker, start))
+        else:
+            _run_to_the_end(worker, start)
+    finally:
+        if not _is_program(worker):
+            worker.aque_commands.stop()  # if the worker has started, this was done
+            worker.aque_commands.join(SERVER_SECONDS)
+            if started := getattr(worker, "_on_started", None):
+                started.set()  # Celery's `start_worker` would wait for ever for a worker that could not start
     aque: AqueWorker | None = worker.aque_kept
     if aque is None:
         return
@@ -177,17 +230,34 @@ def _run(worker: Any, start: Any) -> None:
         worker.aque_pidlock.release()
 
 
+def _run_to_the_end(worker: Any, start: Any) -> None:
+    start()
+    pool = worker.pool
+    if isinstance(pool, InProcess) and pool.is_abandoned and pool.is_busy:
+        logger.error("a function still runs in the process of this worker, which ends without waiting for it")
+        if _is_program(worker):
+            # Python waits for threads at its exit. With the process the function ends, and its task is free for others.
+            os._exit(worker.exitcode or EX_OK)
+
+
 def _install_signals(worker: Any, install: Any) -> None:
-    """Celery's handlers, then ours over them; then what a restart has held back."""
-    install(worker)
-    worker.aque_signals.install()
-    if restart.handover is not None:
-        restart.deliver_signals()
+    """Celery's handlers, then ours over them; then what a restart has held back. All in the main thread."""
+
+    def install_all() -> None:
+        install(worker)
+        worker.aque_signals.install()
+        if restart.handover is not None:
+            restart.deliver_signals()
+
+    if isinstance(worker.pool, SoloPool):
+        worker.pool.do(install_all)
+    else:
+        install_all()
 
 
 @worker_process_init.connect
 def _name_child(sender: Any, **_: Any) -> None:
-    if _is_named:
+    if current_process().name != "MainProcess":  # the pool `solo` says so of the worker itself
         title.show(title.CHILD, f"{sender}: {current_process().name}")
 
 
@@ -207,29 +277,37 @@ def _prepare(sender: Any, **_: Any) -> None:
     """Before the pool forks: the loop that goes on without a broker, and the server of the supervisors."""
     if WorkerStep not in sender.app.steps["worker"]:
         return
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # functions beside the worker, as `python -m` finds them
     pool = get_implementation(sender.pool_cls) if isinstance(sender.pool_cls, str) else sender.pool_cls
-    if pool is PreforkPool:
-        sender.pool_cls = TaskPool
-    if issubclass(pool, PreforkPool):
+    pool = sender.pool_cls = TaskPool if pool is PreforkPool else in_process(pool)
+    if issubclass(pool, PreforkPool | InProcess):
         # In the hub's loop the thread that waits for the broker is the one that reads the pool's results: while the broker
         # is away nothing would finish (measured: 8 -> 8 finished tasks in 5 s, against 12 -> 50).
         sender.use_eventloop = False
         # The ledger bounds what the pool has. Its own bound would block the thread that reports an end, and that is about to
         # free the place, when the next task is started from there.
         sender.pool_putlocks = False
-    _name(sender)
-    sender.aque_kept = sender.aque_pidlock = None
+        sender.timer_cls = sender.timer_cls or TaskPool.Timer
+    sender.aque_kept = sender.aque_pidlock = sender.aque_handed_over = sender.aque_strangers = None
     sender.aque_signals = WorkerSignals(
         lambda: sender.aque and sender.aque.scheduler.drain(),
         lambda: sender.aque and sender.aque.scheduler.commands_only(),
         lambda: restart.obstacle() or reload.problem_since(restart.began),
     )
-    sender.install_platform_tweaks = partial(_install_signals, install=sender.install_platform_tweaks)
-    sender.start = partial(_run, sender, sender.start)
     sender.aque_commands = CommandRunner()
-    sender.aque_strangers = Strangers(sender.aque_commands.pids) if sender.pool_cls is TaskPool else None
-    sender.aque_handed_over = None if restart.handover is None else restart.handover.state()
-    if sender.aque_handed_over is None:
-        sender.aque_commands.start()
+    sender.start = partial(_run, sender, sender.start)
+    if _is_program(sender):
+        _prepare_program(sender)
+
+
+def _prepare_program(worker: Any) -> None:
+    """Make the process the worker's. None of this may be done to a process in which a worker is embedded."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # functions beside the worker, as `python -m` finds them
+    _name(worker)
+    worker.install_platform_tweaks = partial(_install_signals, install=worker.install_platform_tweaks)
+    if worker.pool_cls is TaskPool:
+        worker.aque_strangers = Strangers(worker.aque_commands.pids)
+    if restart.handover is not None:
+        worker.aque_handed_over = restart.handover.state()
+    if worker.aque_handed_over is None and _why_not(worker) is None:
+        worker.aque_commands.start()

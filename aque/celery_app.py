@@ -10,11 +10,11 @@ from celery import Celery, current_app, shared_task
 from celery._state import get_current_task
 
 import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql with kombu
-from aque import ingress, machine
+from aque import canvas, current, ingress, machine, whole_app
 from aque.bootstep import ConsumerStep, WorkerStep
 from aque.celery_task import Task
 from aque.errors import BadInput, NotSubmittable
-from aque.farm import farm_of
+from aque.farm import farm_of, settings_of
 from aque.graphs import Graph, open_graph, submit_or_add
 from aque.handles import Handle, backend_of, edges_of, known_options, submitter_of
 from aque.submitter import Options
@@ -35,7 +35,7 @@ def graph(name: str = "graph", app: Celery | None = None) -> Iterator[Graph]:
         raise BadInput(
             "a graph is open already in this context: graphs are not nested, their tasks can depend on each other."
         )
-    opened = Graph(app or _app(), name)
+    opened = Graph(app or app_in_use(), name)
     token = open_graph.set(opened)
     try:
         yield opened
@@ -93,7 +93,7 @@ def shell(
     """
     if isinstance(argv, (str, bytes)):
         raise BadInput(f"argv must be a list of words, not one text: ['sh', '-c', {argv!r}] runs it in a shell.")
-    app = app or _app()
+    app = app or app_in_use()
     submitter = submitter_of(app)
     edges = edges_of({"depends_on": depends_on, "after_any": after_any, "after_failed": after_failed})
     job = open_graph.get()
@@ -121,7 +121,7 @@ def tasks(
     where: Mapping[str, Any] | None = None, fields: Sequence[str] | None = None, app: Celery | None = None
 ) -> Iterator[dict[str, Any]]:
     """Query the table: `aque.tasks({"state": "ready"}, ["id", "name"])`; see Store.tasks for the fields."""
-    store = farm_of(app or _app()).store
+    store = farm_of(app or app_in_use()).store
     with store.connect() as connection:
         yield from store.tasks(connection, where, fields)
 
@@ -140,34 +140,78 @@ class CurrentTask:
 
 def current_task() -> CurrentTask | None:
     """The task that this code runs in, in a Python task or below a command; None outside."""
-    return CurrentTask(os.environ) if os.environ.get("AQUE_TASK_ID", "").isdecimal() else None
+    variables = current.variables()
+    return CurrentTask(variables) if variables.get("AQUE_TASK_ID", "").isdecimal() else None
 
 
 # -- apps -----------------------------------------------------------------------------------------------------------------
 
 
-def setup(app: Celery) -> Celery:
+def setup(app: Celery, tasks: str = "own") -> Celery:
     """Give an existing Celery app Aque: its workers run tasks of the table beside its own, on one budget of CPUs.
 
-    `@app.task` keeps Celery's path; `@aque.task`, or `@app.task(base=aque.Task)`, goes through the table. What the app
-    has configured stays; without a broker it gets the farm's.
+    tasks="own": `@app.task` keeps Celery's path; `@aque.task`, or `@app.task(base=aque.Task)`, goes through the table.
+    tasks="all": every task of the app goes through the table, and results are the table's (`app.AsyncResult`, `app.backend`).
+
+    Whatever else the app has configured stays, before this call or after it; without a broker it gets the farm's. Raises
+    BadInput for another word, and for an app that was set up in the other way.
     """
+    if not isinstance(app, Celery):
+        raise BadInput(f"aque.setup takes a Celery app, not {app!r:.60}: aque.setup(Celery('name')).")
+    if tasks not in ("own", "all"):
+        raise BadInput(
+            "aque.setup takes tasks='own' (what @aque.task decorates goes through the table) or tasks='all' (every task of the "
+            f"app does), not {tasks!r:.60}."
+        )
+    app = app._get_current_object() if hasattr(app, "_get_current_object") else app
+    before = getattr(app, "aque_tasks", None)
+    if before is not None:
+        if before != tasks:
+            raise BadInput(
+                f"this app was set up already, with tasks={before!r}, and cannot be with tasks={tasks!r} any more: set it up "
+                "once, where it is made."
+            )
+        return app
+    app.aque_tasks = tasks
+    canvas.install()
     app.steps["worker"].add(WorkerStep)
     app.steps["consumer"].add(ConsumerStep)
-    app.add_defaults(lambda: _defaults(app))
+    whole_app.install(app)
+    if tasks == "all":
+        whole_app.take_results(app)
+    if app.configured:
+        _configure(app)
+    app.on_after_configure.connect(_configure, sender=app)  # anew whenever it is given another configuration
     ingress.register(app)
+    # Tasks of `shared_task` and `aque.task` are this app's, in this thread (where the import of this module has made Aque's own
+    # app the current one) and in all others.
+    app.set_current()
     app.set_default()
     return app
 
 
+def _configure(sender: Celery, **_: Any) -> None:
+    """Aque's defaults, where the app has configured nothing. Not by Celery's `add_defaults` alone: what that is given
+    outweighs what `config_from_object` has read, and is forgotten with the next configuration."""
+    conf = sender.conf
+
+    def is_configured(name: str) -> bool:
+        return bool(conf.value_set_for(name) and conf.get(name) is not None)
+
+    conf.add_defaults({name: value for name, value in _defaults(sender).items() if not is_configured(name)})
+    if sender.aque_tasks == "all":
+        whole_app.configure_results(sender)
+
+
 def _defaults(app: Celery) -> dict[str, Any]:
-    settings = machine.settings_here()
+    settings = settings_of(app)
     return {
-        "broker_url": settings.celery_broker_url,
+        "broker_url": app.conf.broker_url or settings.celery_broker_url,  # Celery's test apps have one by default
         "broker_connection_retry_on_startup": True,
         "worker_concurrency": machine.usable_cpus(),
         "worker_lost_wait": 1.0,  # results of a child that is gone arrive at once or never
         "accept_content": ["json"],
+        "task_default_queue": settings.default_queue,
     }
 
 
@@ -179,13 +223,7 @@ class App(Celery):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.config_from_envvar("CELERY_CONFIG_MODULE", silent=True)
-        setup(self)
-        self.add_defaults(
-            lambda: {
-                "result_backend": "aque.backend:Backend",
-                "task_default_queue": machine.settings_here().default_queue,
-            }
-        )
+        setup(self, tasks="all")
 
 
 app = App("aque")
@@ -224,7 +262,7 @@ def run_worker(
     return 0
 
 
-def _app() -> Celery:
+def app_in_use() -> Celery:
     """The app that was set up last, or Aque's own."""
     current = current_app._get_current_object()
     return current if WorkerStep in current.steps["worker"] else app

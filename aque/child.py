@@ -1,4 +1,4 @@
-"""What a child of the process pool does with one Python task: import the function, run it, encode its end.
+"""What a child of the process pool, or a thread, does with one Python task: import the function, run it, encode its end.
 
 Only plain bytes and texts go back to the worker: it never unpickles or imports what a task made.
 """
@@ -20,7 +20,7 @@ from celery.exceptions import Ignore, Reject
 from celery.local import Proxy
 from celery.result import allow_join_result
 
-from aque import codec, contain
+from aque import codec, contain, current
 from aque.states import Reason
 from aque.within import Again, Replaced, adopt
 
@@ -33,8 +33,6 @@ Answer = tuple[str, Any, float]
 Used = tuple[float, int, int, int] | None
 ChildResult = tuple[str, Any, float, Used]
 
-_loaded: dict[str, Task] = {}
-
 
 class CannotImport(Exception):
     """The function cannot be loaded by its name in this process."""
@@ -43,7 +41,8 @@ class CannotImport(Exception):
 def load(function: str, app: Celery) -> Task:
     """The Celery task behind "module:qualname", where a plain function becomes one, or "@name", as which the app knows it.
     Raises CannotImport."""
-    if (found := _loaded.get(function)) is not None:
+    loaded: dict[str, Task] = vars(app).setdefault("aque_loaded", {})  # the app's own: they refer to it
+    if (found := loaded.get(function)) is not None:
         return found
     if function.startswith("@"):
         target = _registered(function[1:], app)
@@ -52,7 +51,7 @@ def load(function: str, app: Celery) -> Task:
     if target.__trace__ is None:
         target.__trace__ = build_tracer(target.name, target, app.loader, app=app)
     adopt(target)
-    _loaded[function] = target
+    loaded[function] = target
     return target
 
 
@@ -128,6 +127,34 @@ def run(
                 os.environ.pop(name, None)
         os.environ.update(own)
     return (*answer, None if meter is None else meter.used())
+
+
+def run_in_thread(
+    function: str,
+    uuid: str,
+    request: dict[str, Any],
+    arguments: bytes,
+    results: Mapping[int, bytes],
+    variables: Mapping[str, str],
+    import_path: tuple[str, ...],
+    result_limit_bytes: int,
+    cpus: tuple[int, ...],
+) -> ChildResult:
+    """`run` for a thread of the worker's own process. That others share the process is all the difference: its environment is
+    left alone, what the function starts is not known from what others start, and nothing is measured."""
+    affinity = os.sched_getaffinity(0) if cpus else set()  # of the thread
+    try:
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+        with current.in_thread(variables):
+            answer = _run(function, uuid, request, arguments, results, import_path, result_limit_bytes)
+    except SystemExit as error:
+        exited = codec.encode_error("builtins.SystemExit", str(error.code), traceback.format_exc())
+        answer = _error(Reason.EXCEPTION, exited, 0.0)
+    finally:
+        if cpus:
+            os.sched_setaffinity(0, affinity)
+    return (*answer, None)
 
 
 class _Meter:
@@ -207,26 +234,19 @@ def _not_succeeded(info: Any, value: Any, seconds: float) -> Answer:
     if isinstance(raised, Reject) and raised.requeue:
         return "again", (0.0, None, False, codec.encode_error("", "rejected and requeued", trace)), seconds
     if isinstance(raised, Reject):
-        return "withdrawn", (str(Reason.REJECTED), _text(raised)), seconds
+        return "withdrawn", (str(Reason.REJECTED), codec.text_of(raised)), seconds
     if isinstance(raised, Ignore):
-        return "withdrawn", (str(Reason.IGNORED), _text(raised)), seconds
-    kind = f"{type(raised).__module__}.{type(raised).__qualname__}"
-    return _error(Reason.EXCEPTION, codec.encode_error(kind, _text(raised), trace), seconds)
+        return "withdrawn", (str(Reason.IGNORED), codec.text_of(raised)), seconds
+    return _error(Reason.EXCEPTION, codec.encode_exception(raised, trace), seconds)
 
 
 def _again(again: Again, trace: str, seconds: float) -> Answer:
-    raised = again.exc if isinstance(again.exc, BaseException) else None
-    kind = "" if raised is None else f"{type(raised).__module__}.{type(raised).__qualname__}"
-    error = codec.encode_error(kind, _text(raised or again), trace)
+    if isinstance(again.exc, BaseException):
+        error = codec.encode_exception(again.exc, trace)
+    else:
+        error = codec.encode_error("", codec.text_of(again), trace)
     return "again", (again.after_seconds, again.arguments, True, error), seconds
 
 
 def _error(reason: Reason, error: bytes, seconds: float) -> Answer:
     return "error", (str(reason), error), seconds
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return f"(its text cannot be shown: {type(error).__name__}.__str__ raised)"

@@ -3,7 +3,7 @@
 A task handle among the arguments becomes a reference to its result, and the task a dependency.
 """
 
-import builtins
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from celery.app.task import Context
+from celery.exceptions import ChordError
 from kombu.utils import json as _kombu_json
 
 from aque.errors import (
     CommandFailed,
     NotSubmittable,
     RemoteError,
+    RemoteTraceback,
     TaskCancelled,
     TaskError,
     TaskKilled,
@@ -38,9 +41,19 @@ _references: ContextVar[list[int] | None] = ContextVar("_references", default=No
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The result of another task, among decoded arguments."""
+    """The result of another task, among arguments."""
 
     task_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What Celery tells an error callback of the task that failed: one of its arguments, among others."""
+
+    task_id: int  #: whose failure; a group's is that of its member
+    part: str  #: "request", "exception" or "traceback"
+    id: str = ""  #: of the task that was linked, as Celery knows it
+    name: str = ""
 
 
 def register_handle(handle_class: type, task_id: Callable[[Any], int]) -> None:
@@ -54,6 +67,28 @@ def register_handle(handle_class: type, task_id: Callable[[Any], int]) -> None:
         return referred[-1]
 
     kombu_json.register_type(handle_class, "aque.result", encode, Reference)
+
+
+def _encode_reference(reference: Any) -> Any:
+    referred = _references.get()
+    if referred is None:
+        raise TypeError("what refers to another task can be an argument, not a part of a result")
+    referred.append(reference.task_id)
+    if isinstance(reference, Failure):
+        return [reference.task_id, reference.part, reference.id, reference.name]
+    return reference.task_id
+
+
+kombu_json.register_type(Reference, "aque.result", _encode_reference, Reference)
+kombu_json.register_type(Failure, "aque.failure", _encode_reference, lambda fields: Failure(*fields))
+
+
+def plain(what: str, value: Any) -> Any:
+    """The same in the types that JSON has, others marked as kombu marks them. Raises NotSubmittable, which names `what`."""
+    try:
+        return json.loads(kombu_json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise NotSubmittable(f"{what} cannot be written as JSON: {error}. Nothing was submitted.") from error
 
 
 def encode_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, tuple[int, ...]]:
@@ -84,11 +119,33 @@ def decode_arguments(text: bytes, results: Mapping[int, bytes]) -> tuple[list[An
 def _resolve(value: Any, values: Mapping[int, Any]) -> Any:
     if isinstance(value, Reference):
         return values[value.task_id]
+    if isinstance(value, Failure):
+        return _failure(value, values[value.task_id] or {})
     if isinstance(value, list):
         return [_resolve(item, values) for item in value]
     if isinstance(value, dict):
         return {key: _resolve(item, values) for key, item in value.items()}
     return value
+
+
+def _failure(asked: Failure, fields: Mapping[str, Any]) -> Any:
+    """An argument of an error callback, from what `Store.values` says of a task that did not succeed."""
+    if asked.part == "traceback":
+        return fields.get("traceback") or None
+    kind, message = str(fields.get("type", "")), str(fields.get("message", ""))
+    raised: Exception | None = None
+    if found := _exception_class(kind, str(fields.get("module", "")), may_import=False):
+        raised = _made(found, {name: str(fields.get(name, "")) for name in ("message", "args", "state")})
+    shown = f"{kind}: {message}" if kind else message or str(fields.get("reason") or fields.get("state") or "unknown")
+    failed = raised or RemoteError(shown)
+    cause = str(fields.get("cause") or asked.id)
+    if cause != asked.id:  # the task that was linked never ran: what it waited for has failed
+        error = ChordError(f"Dependency {cause} raised {failed!r}")
+        error.__cause__ = failed
+        failed = error
+    if asked.part == "exception":
+        return failed
+    return Context(id=asked.id, task=asked.name, errbacks=[], exc=failed)
 
 
 def encode_result(value: Any, limit_bytes: int) -> bytes | None:
@@ -107,10 +164,40 @@ def encode_result(value: Any, limit_bytes: int) -> bytes | None:
     return encoded
 
 
-def encode_error(kind: str, message: str, traceback: str = "") -> bytes:
-    """JSON object of an exception: its type as "module.qualname", its text, its traceback."""
-    fields = {"type": kind, "message": message[:ERROR_TEXT_LIMIT], "traceback": traceback[-ERROR_TEXT_LIMIT:]}
-    return json.dumps(fields).encode()
+def encode_error(type: str, message: str, traceback: str = "", **recipe: str) -> bytes:
+    """JSON object of an exception: its type as "module.qualname", its text, its traceback; see `recipe_of` for the rest."""
+    fields = {"type": type, "message": message[:ERROR_TEXT_LIMIT], "traceback": traceback[-ERROR_TEXT_LIMIT:]}
+    return json.dumps({**fields, **recipe}).encode()
+
+
+def encode_exception(error: BaseException, traceback: str = "") -> bytes:
+    """The same of an exception at hand. Never raises."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    return encode_error(kind, text_of(error), traceback, **recipe_of(error))
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an exception, whatever it does to that."""
+    try:
+        return str(error)
+    except Exception:
+        return f"(its text cannot be shown: {type(error).__name__}.__str__ raised)"
+
+
+def recipe_of(error: BaseException) -> dict[str, str]:
+    """What an equal exception can be made from elsewhere: `module`, and as JSON `args` of its class and `state`, the attributes
+    that it has beside them, as pickle would have them. Empty if they are not JSON, or too long: then its text must do."""
+    try:
+        made: Any = error.__reduce__()
+        if made[0] is not type(error):
+            return {}
+        state = made[2] if len(made) > 2 and made[2] else {}
+        args, attributes = kombu_json.dumps(list(made[1]), allow_nan=False), kombu_json.dumps(state, allow_nan=False)
+    except Exception:
+        return {}
+    if len(args) + len(attributes) > ERROR_TEXT_LIMIT:
+        return {}
+    return {"module": type(error).__module__, "args": args, "state": attributes}
 
 
 def jsonable(value: Any) -> Any:
@@ -124,7 +211,7 @@ def jsonable(value: Any) -> Any:
 def decode_error(text: bytes | None) -> dict[str, str]:
     """The fields that `encode_error` wrote; empty texts where there are none."""
     found = json.loads(text) if text else {}
-    return {name: str(found.get(name, "")) for name in ("type", "message", "traceback")}
+    return {name: str(found.get(name, "")) for name in ("type", "message", "traceback", "module", "args", "state")}
 
 
 def decode_result(text: bytes | None) -> Any:
@@ -140,9 +227,13 @@ _WITHDRAWN = {
 }
 
 
-def exception(stored: StoredResult) -> Exception:
-    """What `.get()` raises for a task that did not succeed: the exception that it raised, if that class is loaded here
-    and can be made from its text, else a TaskError with the id, the reason and the text."""
+def exception(stored: StoredResult, may_import: bool = False) -> Exception:
+    """What `.get()` raises for a task that did not succeed: an exception equal to the one that it raised, if that class is
+    known here, with the traceback as its cause; else a TaskError with the id, the reason and the text.
+
+    `may_import`: load the module of the class for that. What a task stored says which, and a module may do anything when it
+    is loaded: only for who believes all that could write it.
+    """
     fields = decode_error(stored.error)
     what = f"task {stored.id} ({stored.name})"
     details = (stored.id, None if stored.reason is None else str(stored.reason))
@@ -162,19 +253,52 @@ def exception(stored: StoredResult) -> Exception:
         return CommandFailed(f"{what} exited with status {stored.exit_code}.", *details)
     if stored.reason is Reason.SIGNAL and stored.pattern is Pattern.SHELL:
         return CommandFailed(f"{what} was ended by signal {stored.signal}.", *details)
-    if stored.reason is Reason.EXCEPTION and (found := _loaded_exception(fields["type"])):
-        try:
-            return found(fields["message"])
-        except Exception:  # its constructor wants something else: the text is what matters
-            pass
+    if (
+        stored.reason is Reason.EXCEPTION
+        and (found := _exception_class(fields["type"], fields["module"], may_import))
+        and (made := _made(found, fields))
+    ):
+        if fields["traceback"]:
+            made.__cause__ = RemoteTraceback(fields["traceback"])
+        return made
     text = f"{fields['type']}: {fields['message']}" if fields["type"] else fields["message"]
     kind: type[TaskError] = CommandFailed if stored.pattern is Pattern.SHELL else RemoteError
     return kind(f"{what} failed: {text or stored.reason or stored.state}", *details)
 
 
-def _loaded_exception(kind: str) -> type[Exception] | None:
-    """The exception class of this name, if its module is loaded already: what a task stored must not import anything."""
-    module_name, _, name = kind.rpartition(".")
-    module = builtins if module_name in ("", "builtins") else sys.modules.get(module_name)
-    found = getattr(module, name, None)
+def _made(kind: type[Exception], fields: Mapping[str, str]) -> Exception | None:
+    """An exception of this class as `recipe_of` describes it, or from its text alone; None if it cannot be made."""
+    try:
+        args = kombu_json.loads(fields["args"]) if fields["args"] else [fields["message"]]
+        state = kombu_json.loads(fields["state"]) if fields["state"] else {}
+    except Exception:  # a type that is not known here
+        args, state = [fields["message"]], {}
+    try:
+        made = kind(*args)
+    except Exception:
+        if not state:
+            return None  # its constructor wants something that is not known
+        try:  # all that it has is known: it needs no constructor
+            made = kind.__new__(kind, *args)
+        except Exception:
+            return None
+    if type(made) is not kind:
+        return None
+    if isinstance(state, dict):
+        made.__dict__.update(state)
+    return made
+
+
+def _exception_class(kind: str, module_name: str, may_import: bool) -> type[Exception] | None:
+    """The exception class of this name, "module.qualname"; `module_name` is empty where that is not known apart."""
+    if not module_name:
+        module_name = kind.rpartition(".")[0] or "builtins"
+    found: Any = sys.modules.get(module_name)
+    if found is None and may_import:
+        try:
+            found = importlib.import_module(module_name)
+        except (Exception, SystemExit):  # not here, or not to be loaded: its name must do
+            return None
+    for name in kind.removeprefix(f"{module_name}.").split("."):
+        found = getattr(found, name, None)
     return found if isinstance(found, type) and issubclass(found, Exception) else None

@@ -333,12 +333,19 @@ class CommandRunner:
         with self._lock:
             self._post(self._close)
         self._thread.join(max(0.1, deadline - time.monotonic()))
-        if self._server is not None and not self._pool:  # else it stays for as long as the pool does
-            try:
-                self._server.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                clean = False
+        if not self._pool:  # else it stays for as long as the pool does
+            clean = self.join(max(0.1, deadline - time.monotonic())) and clean
         return clean
+
+    def join(self, timeout_seconds: float) -> bool:
+        """After `stop` and the end of the pool: wait for the server, which must not stay as a zombie. False: it lives on."""
+        if self._server is None or self._owner != os.getpid():
+            return True
+        try:
+            self._server.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     # A new image of the process (see aque.restart)
 

@@ -114,6 +114,9 @@ class _Notifications:
         self.connection = bells.dedicated_connection(engine)
         # A copy: psycopg2 refuses fileno() on a broken connection, and its number may then belong to somebody else.
         self.fileno = os.dup(self.connection.fileno())
+        # psycopg2 closes its own with the connection; threads end, and with them what they have waited with.
+        self._close_copy = weakref.finalize(self, os.close, self.fileno)
+        self._close_copy.atexit = False
 
     def listen(self, names: Iterable[str]) -> None:
         new = {bells.channel(name): name for name in names}
@@ -139,7 +142,7 @@ class _Notifications:
     def close(self) -> None:
         if self.fileno >= 0:
             self.connection.close()
-            os.close(self.fileno)
+            self._close_copy()
             self.fileno = -1
 
     def forget(self) -> None:
@@ -156,7 +159,7 @@ class _Notifications:
                 nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
                 os.dup2(nothing, number, inheritable=False)
                 os.close(nothing)
-        os.close(self.fileno)
+        self._close_copy()
         self.fileno = -1
 
 

@@ -11,7 +11,8 @@
     ├── StoreError                    nothing was done; command line exit 69
     │   ├── StoreUnreachable
     │   ├── WrongSchema
-    │   └── BadStateDirectory
+    │   ├── BadStateDirectory
+    │   └── NotRecorded               what happens to tasks is not recorded, so that nobody can listen to it
     └── TaskError                     what `.get()` raises of a task that did not succeed; carries the id and the reason
         ├── CommandFailed             a command exited with a status other than 0
         ├── RemoteError               a Python task raised an exception that cannot be rebuilt here
@@ -90,6 +91,10 @@ class BadStateDirectory(StoreError):
     """The state directory cannot be written, or lies on a network file system."""
 
 
+class NotRecorded(StoreError):
+    """The farm does not record what happens to tasks."""
+
+
 class TaskError(AqueError):
     """A task did not succeed. `task_id` is its id; `reason` one of `aque.states.Reason`."""
 
@@ -124,3 +129,10 @@ class TaskSkipped(TaskError):
 
 class TaskLost(TaskError):
     """The workers that ran the task died, as often as is allowed."""
+
+
+class RemoteTraceback(Exception):
+    """The cause of an exception that was raised elsewhere: the traceback there, as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"

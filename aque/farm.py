@@ -1,7 +1,9 @@
-"""The farm as this process sees it: its settings and its store, opened once, and anew in a forked child."""
+"""The farm as an app of this process sees it: its settings and its store, opened once, and anew in a forked child."""
 
 import os
 import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from celery import Celery
@@ -9,6 +11,9 @@ from celery import Celery
 from aque.machine import settings_here
 from aque.settings import Settings
 from aque.store import Store, open_store
+
+#: Before the URL of a store: that of Celery's result backend in it.
+RESULT_SCHEME = "aque+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,25 +24,59 @@ class Farm:
     store: Store
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A farm, and for whom it was opened: another process, and another environment, has another one."""
+
+    farm: Farm
+    pid: int
+    environment: tuple[str | None, ...]
+    close: Callable[[], object]
+
+
 _lock = threading.Lock()
-_open: dict[tuple[int, int, str | None, str | None], Farm] = {}
+#: With each app what it has open, which ends with the app: tests make many.
+_open: "weakref.WeakKeyDictionary[Celery, _Opened]" = weakref.WeakKeyDictionary()
+#: Of the process that this one was forked from. They stay referenced, so that the garbage collector does not say goodbye on
+#: the parent's connections.
+_parents: list[Farm] = []
 
 
 def settings_of(app: Celery) -> Settings:
-    """The settings of an app: its configuration's `aque_...` names count too. Raises BadSetting."""
-    return settings_here(app.conf.get)
+    """The settings of an app: its configuration's `aque_...` names count too, and a result backend `aque+URL` names the store
+    if nothing else does. Raises BadSetting."""
+    settings = settings_here(app.conf.get)
+    backend = app.conf.result_backend
+    if not settings.broker and isinstance(backend, str) and backend.startswith(RESULT_SCHEME):
+        url = backend.removeprefix(RESULT_SCHEME)
+        if url != settings.to_url():  # the default one is made where it is missing, one that was named is not
+            return settings_here(app.conf.get, broker=url)
+    return settings
 
 
 def farm_of(app: Celery) -> Farm:
     """The farm that this app uses. Raises BadSetting or StoreError."""
-    # By pid: a child must not use its parent's connections. The parent's farm stays referenced, so that the child's garbage
-    # collector does not say goodbye on them either.
-    key = (os.getpid(), id(app), os.environ.get("AQUE_BROKER"), os.environ.get("AQUE_STATE_DIR"))
+    pid, environment = os.getpid(), tuple(os.environ.get(name) for name in ("AQUE_BROKER", "AQUE_STATE_DIR"))
     with _lock:
-        if key not in _open:
+        found = _open.get(app)
+        if found is None or (found.pid, found.environment) != (pid, environment):
             settings = settings_of(app)
-            _open[key] = Farm(settings, open_store(settings))
-        return _open[key]
+            farm = Farm(settings, open_store(settings))
+            close = weakref.finalize(app, _close, farm, pid)
+            close.atexit = False
+            _open[app] = _Opened(farm, pid, environment, close)
+            if found is not None:
+                found.close()
+            return farm
+        return found.farm
+
+
+def _close(farm: Farm, pid: int) -> None:
+    """Close what is not in use; what another thread uses just now is closed after that."""
+    if pid == os.getpid():
+        farm.store.close()
+    else:
+        _parents.append(farm)
 
 
 def _fresh_lock() -> None:

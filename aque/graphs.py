@@ -12,6 +12,24 @@ from aque.submitter import Options, Submitter
 from aque.values import Condition, Dependency, TaskSpec
 
 
+class Ids:
+    """Ids for tasks that are submitted later, reserved in growing blocks, so that a large graph asks the store rarely."""
+
+    def __init__(self, submitter: Submitter, first_block: int = 16) -> None:
+        self._submitter = submitter
+        self._ids: list[int] = []
+        self._block = first_block
+
+    def new(self) -> int:
+        if not self._ids:
+            if self._block == 1:
+                self._ids = [self._submitter.next_id()]
+            else:
+                self._ids = self._submitter.reserve(self._block)[::-1]
+            self._block = min(self._block * 4, 4096)
+        return self._ids.pop()
+
+
 class Graph:
     """Tasks that are submitted together, in one transaction; made by `aque.graph()`.
 
@@ -23,20 +41,19 @@ class Graph:
         self._name = name
         self._submitter = submitter_of(app)
         self._specs: dict[int, TaskSpec] = {}
-        self._ids: list[int] = []
-        self._block = 16
+        self._spare: set[int] = set()
+        self._ids = Ids(self._submitter)
         self.id = self.new_id()
 
     def new_id(self) -> int:
-        """An id for the next task; reserved in blocks, so that a large graph asks the store rarely."""
-        if not self._ids:
-            self._ids = self._submitter.reserve(self._block)[::-1]
-            self._block = min(self._block * 4, 4096)
-        return self._ids.pop()
+        """An id for the next task."""
+        return self._ids.new()
 
-    def add(self, spec: TaskSpec) -> None:
-        """Add a task to the job."""
+    def add(self, spec: TaskSpec, is_spare: bool = False) -> None:
+        """Add a task to the job. The job succeeds without what `is_spare`, such as error callbacks."""
         self._specs[spec.id] = spec
+        if is_spare:
+            self._spare.add(spec.id)
 
     def place(self) -> dict[str, Any]:
         """The next task's place in the job."""
@@ -58,7 +75,7 @@ class Graph:
 
     def submit(self) -> None:
         """Write everything; `aque.graph()` calls it at the end of its block."""
-        members = tuple(Dependency(task_id, Condition.ANY) for task_id in self._specs)
+        members = tuple(Dependency(task_id, Condition.ANY) for task_id in self._specs if task_id not in self._spare)
         options = Options(name=self._name, dependencies=members, job_id=self.id)
         self._submitter.submit([*self._specs.values(), self._submitter.group(self.id, options)])
 

@@ -24,9 +24,9 @@ from celery.worker.strategy import proto1_to_proto2
 
 from aque import codec
 from aque.backend import Backend
-from aque.celery_task import function_name
 from aque.errors import AqueError, BadInput, StoreError
 from aque.handles import DEPENDENCY_OPTIONS, edges_of, known_options
+from aque.naming import name_of
 from aque.settings import Settings
 from aque.store import DatabaseError, is_data_error
 from aque.submitter import Options, Submitter
@@ -274,7 +274,7 @@ def _surroundings(user: str) -> tuple[bytes | None, dict[bytes, bytes] | None]:
 def _function(app: Celery, name: str) -> str:
     """ "module:qualname" of a task's name, or of a function's as in module.function."""
     if name in app.tasks:
-        return function_name(app.tasks[name])
+        return name_of(app.tasks[name])
     if ":" in name:
         return name
     module, dot, function = name.rpartition(".")

@@ -65,6 +65,9 @@ def _revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = Non
         # Ordinary tasks are revoked all the same, and who asked is told of the others.
         _celery["revoke"](state, names, terminate, signal, **options)
         return {"error": f"tasks of the table were not revoked: {error}"}
+    if terminate and (on := aque.unkillable(i for i in ids.values() if i in known)):
+        which = ", ".join(map(str, on))
+        return {"error": f"what runs in the worker's own process cannot be ended, and goes on: {which}"}
     if theirs := [name for name in names if ids.get(name) not in known]:
         return _celery["revoke"](state, theirs, terminate, signal, **options)
     return {"ok": f"tasks {', '.join(names)} flagged as revoked"}

@@ -8,6 +8,7 @@ semaphore, and nobody could ever take a task again. A record lock is released by
 import fcntl
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ class ProcessLock:
 
     def __init__(self) -> None:
         self._file = os.memfd_create("aque-lock", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._file).atexit = False
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Wait for the lock; without `block`, False if it is not free."""
@@ -48,7 +50,7 @@ class ProcessLock:
 class _Child(Worker):
     def after_fork(self) -> None:
         super().after_fork()
-        contain.enter()
+        contain.enter()  # after Celery's part, which has the child die with the worker's thread
 
     def _make_protected_receive(self, conn: Any) -> Any:
         receive = super()._make_protected_receive(conn)
@@ -223,3 +225,10 @@ class TaskPool(prefork.TaskPool):
         super().on_stop()
         if pool is not None:
             pool._terminate.cancel()
+
+    def on_terminate(self) -> None:
+        """End the children. The pool forgets those that have ended by then, with a descriptor of each."""
+        pool = self._pool
+        super().on_terminate()
+        for process in [] if pool is None else list(pool._pool):
+            process.join()

@@ -28,11 +28,23 @@ from aque.assignments import NOTHING, Assigned, Assignments
 from aque.chooser import Place, is_own, runs_in_pool
 from aque.commands import Callbacks, Command, CommandRunner, Ended, OtherUser
 from aque.commands import Running as RunningCommand
+from aque.inprocess import InProcess
 from aque.resources import Capacity, format_cpus
 from aque.settings import Settings
 from aque.states import Reason, State
 from aque.taskserver import TaskServer
-from aque.values import Again, ClaimedTask, Condition, Dependency, HostFailure, Outcome, Pattern, Replacement, Usage
+from aque.values import (
+    OWN_INTERPRETER,
+    Again,
+    ClaimedTask,
+    Condition,
+    Dependency,
+    HostFailure,
+    Outcome,
+    Pattern,
+    Replacement,
+    Usage,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +152,7 @@ class Attempt:
         self.killed: int | None = None
         self._runner = runner
         self._began = time.monotonic()
-        self._over = self._timed_out = False
+        self._over = self._timed_out = self._said = False
         self._ending = threading.Lock()  # a time limit must not signal what its child does next
         self._timers: list[threading.Timer] = []
         self._command: RunningCommand | None = None
@@ -159,8 +171,17 @@ class Attempt:
         """The supervised command, for an attempt that is one."""
         return self._command
 
+    @property
+    def can_be_killed(self) -> bool:
+        """False for a function that runs in the worker's own process."""
+        return self._command is not None or not self._runner.runs_functions_itself
+
     def kill(self, number: int, grace_seconds: float) -> None:
-        """End the attempt: `number` first, SIGKILL after the grace. Its outcome will be `killed`."""
+        """End the attempt: `number` first, SIGKILL after the grace. Its outcome will be `killed`. What cannot be killed goes
+        on to an outcome of its own."""
+        if not self.can_be_killed:
+            self._say_that_it_goes_on()
+            return
         self.killed = number
         if self._command is not None:
             self._command.kill(number, grace_seconds)
@@ -169,15 +190,23 @@ class Attempt:
 
     def _kill_child(self, pid: int, number: int) -> None:
         """Signal the child and all that it has started; for SIGKILL nothing of them is left. The caller sees to the grace."""
-        if pid == os.getpid():  # a thread: its pool says what it thinks of that
-            self._runner.pool.terminate_job(pid, number)
-        elif number == signal.SIGKILL:
+        if number == signal.SIGKILL:
             # It waits for processes to die, and one may hang in the kernel.
             threading.Thread(target=self._end_child, args=(pid,), name="aque-kill", daemon=True).start()
         else:
             below = contain.below(pid)  # before the child can end, and they be someone else's
             self._runner.pool.terminate_job(pid, number)
             contain.signal_all(below, number)
+
+    def _say_that_it_goes_on(self) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "task %d cannot be ended: it runs in the worker's own process, in its pool %s, and goes on until it returns. "
+                "A worker with -P prefork can kill its tasks.",
+                self.task.id,
+                self._runner.pool.name,
+            )
 
     def _end_child(self, pid: int) -> None:
         contain.end_below(pid)
@@ -192,6 +221,8 @@ class Attempt:
         """Deliver a signal, no more."""
         if self._command is not None:
             self._command.signal(number)
+        elif not self.can_be_killed:
+            self._say_that_it_goes_on()  # the process is the worker's: it is no business of others
         elif pid := self.request.worker_pid:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -209,7 +240,7 @@ class Attempt:
     def start_sandboxed(self, environment: dict[bytes, bytes], user: OtherUser | None) -> None:
         """Hand the function to an interpreter of its own, under a supervisor."""
         task, limit = self.task, self._runner.settings.result_limit_bytes
-        interpreter = os.fsencode(task.interpreter or sys.executable)
+        interpreter = os.fsencode(sys.executable if task.interpreter in ("", OWN_INTERPRETER) else task.interpreter)
         script_directory = task.import_path[0] if task.import_path else ""
         asked = sandbox.request(task.function, task.arguments, task.results, script_directory, limit)
         self._supervise(
@@ -320,7 +351,7 @@ class Attempt:
                 State.SUCCESS, value=answer.value, shown=answer.shown, seconds=answer.seconds, cut=ended.truncated
             )
         else:
-            stored = codec.encode_error(answer.error["type"], answer.error["message"], answer.error["traceback"])
+            stored = codec.encode_error(**answer.error)
             self._end(State.ERROR, Reason(answer.reason), error=stored, seconds=answer.seconds, cut=ended.truncated)
 
     # -- a function ---------------------------------------------------------------------------------------------------
@@ -328,8 +359,11 @@ class Attempt:
     def start_function(self, variables: dict[str, str]) -> None:
         """Hand the function to a child of the pool."""
         task, settings = self.task, self._runner.settings
+        here = self._runner.runs_functions_itself
+        if here and (task.time_limit_seconds is not None or task.soft_time_limit_seconds is not None):
+            logger.warning("task %d has a time limit, which the pool %s cannot hold", task.id, self._runner.pool.name)
         self._runner.pool.apply_async(
-            child.run,
+            child.run_in_thread if here else child.run,
             args=(
                 task.function,
                 self.request.id,
@@ -339,7 +373,7 @@ class Attempt:
                 variables,
                 task.import_path,
                 settings.result_limit_bytes,
-                settings.kill_grace_seconds,
+                *(() if here else (settings.kill_grace_seconds,)),
                 self.assigned.cpus,
             ),
             accept_callback=self._on_accepted,
@@ -357,13 +391,14 @@ class Attempt:
             "aque_attempt": task.attempt,
             "aque_ignores": bool(task.extra.get("ignore_result")) and not task.dependents,
             "aque_worker": self.address,
+            "aque_errbacks": task.extra.get("errbacks"),  # for `self.replace`; not Celery's name, or it would call them
         }
 
     def _on_accepted(self, pid: int, accepted: float) -> None:
         self.request.on_accepted(pid, accepted)
         if self.killed is not None:  # killed between start and acceptance
             self._kill_child(pid, self.killed)
-        if pid == os.getpid():
+        if self._runner.runs_functions_itself:
             return
         # Not the pool's own limits: it looks once a second, kills the child alone, and 0.1 s after the first signal.
         if (seconds := self.task.soft_time_limit_seconds) is not None:
@@ -459,7 +494,7 @@ class Attempt:
             self._end_when_gone(lambda: self._end(State.KILLED, Reason.REQUEST, signal=number))
         elif isinstance(error, TimeLimitExceeded):
             self._time_out_by_pool()
-        elif isinstance(error, (Terminated, SystemExit, WorkerLostError)):
+        elif isinstance(error, (Terminated, SystemExit, WorkerLostError)) and not self._runner.runs_functions_itself:
             self._end_when_gone(lambda: self._end(State.READY, Reason.WORKER_LOST, error=stored))
         else:
             self._end(State.ERROR, Reason.EXCEPTION, error=stored)
@@ -536,7 +571,7 @@ class Attempt:
 
 
 class Runner:
-    """Starts attempts. `pool` is Celery's process pool, `eventer` takes Celery's events without ever blocking;
+    """Starts attempts. `pool` is one of `aque.pool` or `aque.inprocess`, `eventer` takes Celery's events without ever blocking;
     `end_strangers` kills what processes that died have left to this one, see `contain.Strangers`."""
 
     def __init__(
@@ -557,6 +592,7 @@ class Runner:
         self.app = app
         self.hostname = hostname
         self.pool = pool
+        self.runs_functions_itself = isinstance(pool, InProcess)
         self.commands = commands
         self.eventer = eventer
         self.announcer = announcer
@@ -702,7 +738,7 @@ def _host_failure(task: ClaimedTask, reason: Reason, why: str) -> HostFailure:
 
 
 def _error(error: BaseException) -> bytes:
-    return codec.encode_error(f"{type(error).__module__}.{type(error).__qualname__}", str(error))
+    return codec.encode_exception(error)
 
 
 def shown_arguments(pattern: Pattern, argv: Sequence[bytes], arguments: bytes) -> tuple[Any, Any, dict[str, Any]]:

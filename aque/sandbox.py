@@ -100,6 +100,9 @@ def _answer(text: "bytes") -> "Answer":
     if value is not None:
         json.loads(value)  # it goes into the table as it is
     fields = {name: str(error.get(name, ""))[-ERROR_TEXT_LIMIT:] for name in ("type", "message", "traceback")}
+    recipe = {name: str(error.get(name, "")) for name in ("module", "args", "state")}
+    if all(0 < len(part) <= ERROR_TEXT_LIMIT for part in recipe.values()):
+        fields.update(recipe)
     encoded = None if value is None else value.encode()
     return Answer(str(reason), encoded, fields, str(found.get("shown", ""))[:1024], float(seconds))
 
@@ -140,7 +143,9 @@ def _call(wanted: "dict[str, Any]") -> "dict[str, Any]":
         return _error("exception", "builtins.SystemExit", str(error.code), traceback.format_exc())
     except BaseException as error:
         kind = f"{type(error).__module__}.{type(error).__qualname__}"
-        return _error("exception", kind, _text(error), traceback.format_exc())
+        found = _error("exception", kind, _text(error), traceback.format_exc())
+        found["error"].update(_recipe(error))
+        return found
     try:
         encoded = None if value is None else encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -183,6 +188,20 @@ class _Stub(ModuleType):
 def _error(reason: "str", kind: "str", message: "str", trace: "str" = "") -> "dict[str, Any]":
     fields = {"type": kind, "message": message[:ERROR_TEXT_LIMIT], "traceback": trace[-ERROR_TEXT_LIMIT:]}
     return {"reason": reason, "error": fields}
+
+
+def _recipe(error: "BaseException") -> "dict[str, str]":
+    """As `codec.recipe_of`."""
+    try:
+        made = error.__reduce__()
+        if made[0] is not type(error):
+            return {}
+        args, state = encode(list(made[1])), encode(made[2] if len(made) > 2 and made[2] else {})
+    except Exception:
+        return {}
+    if len(args) + len(state) > ERROR_TEXT_LIMIT:
+        return {}
+    return {"module": type(error).__module__, "args": args, "state": state}
 
 
 def _text(error: "BaseException") -> "str":

@@ -12,6 +12,7 @@ import random
 import secrets
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,10 @@ class Running(Protocol):
     @property
     def outlives_worker(self) -> bool:
         """It goes on while the worker's image is replaced."""
+
+    @property
+    def can_be_killed(self) -> bool:
+        """`kill` will end it."""
 
     def kill(self, number: int, grace_seconds: float) -> None:
         """End it."""
@@ -203,6 +208,8 @@ class Scheduler:
         self._one_by_one = False
         self._finish_only = False  #: after a failure: what claiming cannot do must not keep finishing from the table
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Not when the thread ends: others may still wake it, and the number could be someone else's file by then.
+        weakref.finalize(self, os.close, self._wake_fd).atexit = False
         self._bell: doorbell.Doorbell | None = None
         self._connection: Any = None
         self._thread = threading.Thread(target=self._run, name="aque-scheduler", daemon=True)
@@ -419,7 +426,7 @@ class Scheduler:
         self._wait_until_idle(drain_seconds, self._is_urgent)
         self._draining = True
         self._abandon(self._left())
-        idle = self._wait_until_idle(10.0, lambda: False)
+        idle = self._wait_until_idle(10.0, self._is_nothing_killed)
         self._stopped.set()
         self._wake()
         self._thread.join(10)
@@ -435,6 +442,10 @@ class Scheduler:
                 if handed_over or entry.attempt is None or not entry.attempt.outlives_worker
             ]
 
+    def _is_nothing_killed(self) -> bool:
+        """All that is left is what nobody can end."""
+        return not any(entry.attempt is None or entry.attempt.can_be_killed for entry in self._left())
+
     def _wait_until_idle(self, seconds: float, is_enough: Callable[[], bool], handed_over: bool = True) -> bool:
         deadline = time.monotonic() + seconds
         while self._left(handed_over):
@@ -449,7 +460,8 @@ class Scheduler:
         with self._lock:
             self._abandoned |= {(entry.task.id, entry.task.token) for entry in left}
         for entry in left:
-            logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
+            if entry.attempt is None or entry.attempt.can_be_killed:
+                logger.warning("task %d did not end in time: it is killed and given back", entry.task.id)
             self._kill(entry, 9, self._settings.kill_grace_seconds)
 
     # -- the thread ---------------------------------------------------------------------------------------------------

@@ -98,6 +98,27 @@ class Settings:
     output_limit_bytes: int = _setting(
         8 << 20, "bytes", "captured output kept of one attempt: half of it from the start, half from the end", 0
     )
+    output_retention_seconds: float = _setting(
+        14 * 86400.0, "s", "captured output of tasks that ended so long ago is removed; 0: never", 0.0
+    )
+    result_retention_seconds: float = _setting(
+        0.0, "s", "and their results; 0: with their tasks, or as Celery's `result_expires` says where that is set", 0.0
+    )
+    task_retention_seconds: float = _setting(
+        90 * 86400.0, "s", "and they themselves, whole jobs at once, with all that is theirs; 0: never", 0.0
+    )
+    output_quota_bytes: int = _setting(
+        20 << 30, "bytes", "captured output of all tasks; of more the oldest is removed; 0: no bound", 0
+    )
+    unknown_result: str = _setting(
+        "pending",
+        "pending/wait/raise",
+        "of an id that is not in the table: `.state` is PENDING and `.get()` raises UnknownTask; wait: `.get()` waits "
+        "for it, as Celery does; raise: both raise",
+    )
+    event_retention_seconds: float = _setting(
+        86400.0, "s", "what has happened to tasks is kept so long for those who listen; 0: for ever", 0.0
+    )
     min_uid: int = _setting(1000, "uid", "shared stores: tasks of users below this are refused", 0)
     allow_root_tasks: bool = _setting(False, "yes/no", "shared stores: run the tasks of root, as root")
     unsafe_allow_root_sqlite: bool = _setting(
@@ -194,6 +215,8 @@ def load(
     _check_broker(values.get("broker", ""))
     if values.get("fair_share", "auto") not in ("yes", "no", "auto"):
         raise BadSetting(f"fair_share must be yes, no or auto, not {values['fair_share']!r}.")
+    if values.get("unknown_result", "pending") not in ("pending", "wait", "raise"):
+        raise BadSetting(f"unknown_result must be pending, wait or raise, not {values['unknown_result']!r}.")
     return Settings(**values)
 
 

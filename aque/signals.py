@@ -36,7 +36,7 @@ class WorkerSignals:
         self._on_restart = on_restart
         self._why_not = why_not
         self._asked = self._stopping = self._leaving = False
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._wake_fd = -1
         self._pid = os.getpid()
         self._had_terminal = os.isatty(0)
         self._celery: dict[int, Handler] = {}
@@ -53,6 +53,7 @@ class WorkerSignals:
             if callable(handler):
                 self._celery[number] = handler
                 signal.signal(number, self._end)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         # A handler may interrupt anything, also what holds the locks of logging or of threading: it wakes this thread, which
         # does what takes longer.
         threading.Thread(target=self._restart_when_asked, name="aque-restart", daemon=True).start()

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
-from aque import doorbell, durations, hints
+from aque import current, doorbell, durations, hints
 from aque.chooser import why_nowhere
 from aque.durations import RunTime
 from aque.errors import BadInput
@@ -76,7 +76,8 @@ class Options:
     max_attempts: int = 1
     requeue: bool = True  #: False: if its worker dies, it is not run again
     strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
-    interpreter: str = ""  #: of a Python task: a program such as /usr/bin/python3
+    #: of a Python task: a program such as /usr/bin/python3; "worker": the worker's own, in a process of its own
+    interpreter: str = ""
     user: str = ""  #: whose process it becomes; empty: the submitter's. Only root may name another
     layer: str = ""
     dependencies: tuple[Dependency, ...] = ()
@@ -173,8 +174,9 @@ class Submitter:
                 self._reserved_at = now
             return self._ids.pop()
 
-    def submit(self, specs: Sequence[TaskSpec]) -> dict[int, State]:
-        """All of these tasks or, with an error, none. Their first states.
+    def submit(self, specs: Sequence[TaskSpec], joins: tuple[int, int] | None = None) -> dict[int, State]:
+        """All of these tasks or, with an error, none. Their first states. `joins`: one of them, and a task whose group it
+        becomes a member of.
 
         Looks for the paths among the words of commands: one submission of many commands has fewer looks than many of one.
         """
@@ -186,8 +188,13 @@ class Submitter:
             with self.store.connect() as connection:
                 self.store.intern(connection, specs)
                 expected = self._expectations.of(connection, specs)
-            with self.store.connect() if self.store.is_one_statement(specs) else self.store.begin() as connection:
-                return self.store.submit(connection, specs, expected)
+            is_one = joins is None and self.store.is_one_statement(specs)
+            with self.store.connect() if is_one else self.store.begin() as connection:
+                states = self.store.submit(connection, specs, expected)
+                if joins is not None:
+                    new, member = joins
+                    self.store.groups.join(connection, new, states[new], member)
+                return states
 
         try:
             states = again(work)
@@ -206,6 +213,11 @@ class Submitter:
             with self.store.connect() as connection:
                 doorbell.ring(connection, rung)
         return states
+
+    def class_of(self, spec: TaskSpec) -> int:
+        """The requirement class of this task."""
+        with self.store.connect() as connection:
+            return self.store.requirement_ids(connection, [spec.requirement])[spec.requirement]
 
     def _known(self, specs: Sequence[TaskSpec]) -> dict[int, State] | None:
         """The states of these tasks, by the ids they were to have, if all of them were submitted before under the same Celery
@@ -373,9 +385,9 @@ class Submitter:
             import_path=tuple(entry or os.getcwd() for entry in sys.path),
         )
 
-    def group(self, task_id: int, options: Options) -> TaskSpec:
-        """A job: it ends when the tasks in `options.dependencies` have."""
-        return self._spec(task_id, options, Pattern.GROUP, "group")
+    def group(self, task_id: int, options: Options, members: Sequence[int] = ()) -> TaskSpec:
+        """A job: it ends when the tasks in `options.dependencies` have. Its value is the list of those of `members`."""
+        return self._spec(task_id, options, Pattern.GROUP, "group", inputs=tuple(members))
 
     def _spec(self, task_id: int, options: Options, pattern: Pattern, name: str, **fields: Any) -> TaskSpec:
         dependencies = tuple(dict.fromkeys(options.dependencies))
@@ -456,9 +468,10 @@ class Submitter:
         return _text("user", options.user) or self._user
 
     def _parent(self) -> int | None:
-        """The task that this process is part of, if it belongs to the same farm."""
-        task_id = os.environ.get("AQUE_TASK_ID", "")
-        same_farm = os.environ.get("AQUE_BROKER", "") == self.settings.to_url()
+        """The task that this code is part of, if it belongs to the same farm."""
+        own = current.variables()
+        task_id = own.get("AQUE_TASK_ID", "")
+        same_farm = own.get("AQUE_BROKER", "") == self.settings.to_url()
         return int(task_id) if task_id.isdecimal() and same_farm else None
 
     def _inherited(self, parent_id: int) -> Inherited | None:

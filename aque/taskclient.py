@@ -4,12 +4,12 @@ A task knows its worker from AQUE_WORKER: the name of a socket and a key that is
 """
 
 import json
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from aque import current
 from aque.errors import BadInput
 
 #: A line that a worker does not answer for so long is dead. Waiting for CPUs is not bounded.
@@ -77,5 +77,5 @@ def _ask(line: socket.socket, question: dict[str, Any]) -> str:
 
 
 def own_address() -> str | None:
-    """Of the worker of the task that this process belongs to."""
-    return os.environ.get("AQUE_WORKER")
+    """Of the worker of the task that this code is part of."""
+    return current.variables().get("AQUE_WORKER")

@@ -16,6 +16,10 @@ class Pattern(StrEnum):
     GROUP = "group"  #: nothing of its own: it ends when its members have
 
 
+#: In place of a program: the worker's own Python, in a process of its own.
+OWN_INTERPRETER = "worker"
+
+
 class Condition(StrEnum):
     """What a dependency must have done for the dependent to start."""
 
@@ -64,7 +68,7 @@ class Requirement:
     host: str = ""  #: comma-separated globs, `!` excludes; empty: any host
     platform: str = ""  #: as `sys.platform`; empty: any
     user: str = ""  #: whose processes it runs; empty: the worker's own
-    interpreter: str = ""  #: PYTHON: the program that runs it, under the worker's host; empty: the worker's own
+    interpreter: str = ""  #: PYTHON: the program that runs it, or OWN_INTERPRETER; empty: a child of the worker's pool
     resources: str = ""  #: custom resources of the worker, canonical: see `resources.parse_resources`
     limits: str = ""  #: tokens of farm-wide limits, canonical: see `resources.parse_limits`
     tags: str = ""  #: that the worker must have, sorted, with commas; `!` excludes
@@ -88,7 +92,8 @@ class TaskSpec:
     children: Children = Children.WAIT
     function: str = ""  #: PYTHON: "module:qualname", or "@name" of a task that the worker's Celery app has registered
     arguments: bytes = b""  #: PYTHON: JSON of [args, kwargs]
-    inputs: tuple[int, ...] = ()  #: PYTHON: tasks whose results the arguments name
+    #: PYTHON: tasks whose results the arguments name. GROUP: members whose results make its own, in order
+    inputs: tuple[int, ...] = ()
     argv: tuple[bytes, ...] = ()  #: SHELL
     stdin: bytes | None = None  #: SHELL; None: /dev/null
     redirections: Redirections = NO_REDIRECTIONS  #: SHELL
@@ -113,7 +118,8 @@ class TaskSpec:
     strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
     submitter: str = ""
     celery_id: str | None = None
-    #: what has no column: "headers", "stamps" and "stamped_headers" as Celery's messages have them, "ignore_result"
+    #: what has no column: "headers", "stamps" and "stamped_headers" as Celery's messages have them, "ignore_result",
+    #: "errbacks": signatures
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -239,6 +245,10 @@ class Outcome:
     replacement: Replacement | None = None  #: state PENDING: its row gets another task to run
 
 
+#: Of a worker whose functions run in its own process.
+NO_KILLS = "functions run in the worker: no kills, no time limits"
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """A worker process: what it is and what it has. `id` is one incarnation; a restart is a new worker."""
@@ -259,6 +269,6 @@ class WorkerInfo:
     lease_seconds: float
     user: str  #: whose tasks it runs; empty: whoever's, as itself (a store of one person)
     switches_user: bool  #: it runs the tasks of other users as these
-    containment: str  #: how it keeps processes together, for people
+    containment: str  #: how it keeps processes together, for people; NO_KILLS in it: no functions
     resources: str = ""  #: as in gpu=2,nuke=4
     tags: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ Celery's own, which would send a message.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from types import MethodType
@@ -107,12 +107,16 @@ def update_state(
         Task.update_state(task, task_id, state, meta, **options)
 
 
+#: What a plain Celery task gets in place of its own methods of the same names; `canvas` adds its own.
+WAYS: list[Callable[..., Any]] = [retry, update_state]
+
+
 def adopt(task: Task) -> None:
     """Give a plain Celery task these ways, for when it runs from the table."""
     if "aque_adopted" in vars(task):
         return
     task.aque_adopted = True
-    for method in (retry, update_state):
+    for method in WAYS:
         setattr(task, method.__name__, MethodType(method, task))
 
 

@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from typing import Any, NoReturn
@@ -19,9 +21,11 @@ from aque.acks import Acks
 from aque.announcer import Announcer
 from aque.assignments import Assignments
 from aque.chooser import Place, runs_in_pool
+from aque.cleaner import Cleaner
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
+from aque.inprocess import InProcess
 from aque.ledger import Ledger
 from aque.pool import TaskPool
 from aque.processes import lease_clock
@@ -32,9 +36,9 @@ from aque.runner import Attempt, Runner
 from aque.scheduler import Scheduler
 from aque.settings import Settings
 from aque.signals import WorkerSignals
-from aque.store import DatabaseError, Store
+from aque.store import Ages, DatabaseError, Store
 from aque.taskserver import TaskServer
-from aque.values import ClaimedTask, Outcome, WorkerInfo
+from aque.values import NO_KILLS, ClaimedTask, Outcome, WorkerInfo
 from aque.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,8 @@ logger = logging.getLogger(__name__)
 FREE_COMMANDS_PER_CPU = 16
 #: At a restart, so long is tried to write what there is to write; the rest is handed over.
 FLUSH_SECONDS = 10.0
+#: Between two looks for events that are too old to be kept.
+FORGET_SECONDS = 60.0
 
 
 class AqueWorker:
@@ -66,10 +72,11 @@ class AqueWorker:
         self.strangers = strangers
         self.signals = signals
         self.is_described = worker_id is None
+        self._forget_events_at = 0.0
         self._avoids_shown: tuple[tuple[str, ...], dict[bytes, str]] | None = None
         self.hostname: str = worker.hostname
         self.queues = frozenset(worker.app.amqp.queues.consume_from)
-        self.whole = _whole(settings, worker.pool)
+        self.whole = whole_of(settings, worker.pool.limit)
         is_personal = not settings.is_shared and not settings.unsafe_allow_root_sqlite
         if is_personal and (why := store.why_not_personal()):
             raise BadSetting(
@@ -83,6 +90,8 @@ class AqueWorker:
         self.announcer = Announcer(self.eventer)
         self.acks = Acks()
         self.heartbeat: Heartbeat | None = None
+        self.cleaner: Cleaner | None = None
+        self.ages = ages(settings, worker.app)
         self.tags = parse_tags(settings.tags)
         place = Place(
             socket.gethostname(),
@@ -96,10 +105,15 @@ class AqueWorker:
         self._pool = worker.pool
         self._lent: set[tuple[int, int]] = set()
         self.line = TaskServer(self)
-        if isinstance(worker.pool, TaskPool):
-            worker.pool.follow(self._grown, self._when_slot_is_free)
-        if strangers is not None:
-            worker.pool.tell_children(commands.watch, strangers.watch)
+        if isinstance(self._pool, TaskPool):
+            self._pool.follow(self._grown, self._when_slot_is_free)
+            self._pool.tell_children(commands.watch, *(() if strangers is None else (strangers.watch,)))
+        elif isinstance(self._pool, InProcess):
+            logger.warning(
+                "functions run in this worker's own process (pool %s): they cannot be killed and have no time limits, share "
+                "one environment, and what they leave running stays; commands are as in any other pool",
+                self._pool.name,
+            )
         self.runner = Runner(
             worker.app,
             worker.hostname,
@@ -154,6 +168,8 @@ class AqueWorker:
         self.line.start()
         self.scheduler.start()
         self.heartbeat.start()
+        self.cleaner = Cleaner(self.store, self.worker_id, self.ages)
+        self.cleaner.start()
         if self.reloader is not None:
             self.reloader.start()
 
@@ -180,6 +196,8 @@ class AqueWorker:
         self.scheduler.freeze(FLUSH_SECONDS)
         if self.heartbeat is not None:
             self.heartbeat.stop()
+        if self.cleaner is not None:
+            self.cleaner.stop()
         self.line.stop()
         self.eventer.stop(1.0)
         self.acks.stop(1.0)
@@ -207,6 +225,14 @@ class AqueWorker:
         if not self.is_described and not self.ledger.is_over_budget:
             self.store.describe(connection, self._info(self.worker_id))
             self.is_described = True
+        self._forget_old_events(connection)
+
+    def _forget_old_events(self, connection: Any) -> None:
+        """What has happened to tasks longer ago than anybody may want to hear of; once a minute."""
+        seconds = self.settings.event_retention_seconds
+        if seconds and time.monotonic() >= self._forget_events_at:
+            self._forget_events_at = time.monotonic() + FORGET_SECONDS
+            self.store.transitions.delete_older(connection, self.store.now(connection) - seconds)
 
     def _write_run_times(self, connection: Any) -> None:
         runs = self.scheduler.run_times.take()
@@ -262,7 +288,9 @@ class AqueWorker:
             lease_seconds=self.settings.lease_seconds,
             user=self.user,
             switches_user=self.switches_user,
-            containment=self.commands.containment,
+            containment="; ".join(
+                [self.commands.containment, *([NO_KILLS] if self.runner.runs_functions_itself else [])]
+            ),
             resources=format_amounts(self.whole.resources),
             tags=self.tags,
         )
@@ -315,6 +343,8 @@ class AqueWorker:
         """Others have this worker's tasks: kill them here, and go on as a new worker."""
         worker_id = self.register(self.scheduler.is_drained)
         self.scheduler.lost(worker_id)
+        if self.cleaner is not None:
+            self.cleaner.worker_id = worker_id
         return worker_id
 
     def serve(self, queues: frozenset[str]) -> None:
@@ -323,13 +353,22 @@ class AqueWorker:
             self.queues = queues
             self.scheduler.serve(queues)
 
+    def unkillable(self, ids: Iterable[int]) -> list[int]:
+        """Those of these tasks that run here and that a kill does not end."""
+        attempts = self.scheduler.attempts()
+        return [task_id for task_id in ids if task_id in attempts and not attempts[task_id].can_be_killed]
+
     def stop(self, drain_seconds: float) -> None:
         """Finish or give back everything, and leave the table."""
         self._stop_watching()
         clean = self.scheduler.stop(drain_seconds)
+        if isinstance(self._pool, InProcess) and not clean:
+            self._pool.abandon()
         self.line.stop()
         if self.heartbeat is not None:
             self.heartbeat.stop()
+        if self.cleaner is not None:
+            self.cleaner.stop()
         self.commands.stop()
         self.eventer.stop(1.0)
         self.acks.stop(1.0)
@@ -446,8 +485,20 @@ class AqueWorker:
         self.ledger.in_turn(need, start)
 
 
-def _whole(settings: Settings, pool: Any) -> Capacity:
-    """All that this worker may reserve."""
+def ages(settings: Settings, app: Any) -> Ages:
+    """How long what is kept. Celery's `result_expires` counts where the app sets it: its default of a day does not."""
+    expires = app.conf.result_expires if app.conf.value_set_for("result_expires") else 0
+    celery_seconds = expires.total_seconds() if isinstance(expires, timedelta) else float(expires or 0)
+    return Ages(
+        settings.output_retention_seconds,
+        settings.result_retention_seconds or max(0.0, celery_seconds),
+        settings.task_retention_seconds,
+        settings.output_quota_bytes,
+    )
+
+
+def whole_of(settings: Settings, python_slots: int) -> Capacity:
+    """All that a worker with these settings may reserve. Raises BadSetting or BadReservation."""
     usable = Fraction(machine.usable_cpus())
     cpus = CpuRequest.parse(settings.cpus).share(usable) if settings.cpus else usable
     if cpus <= 0:
@@ -455,7 +506,7 @@ def _whole(settings: Settings, pool: Any) -> Capacity:
     memory = parse_memory(settings.memory) if settings.memory else machine.total_memory_bytes()
     commands = max(FREE_COMMANDS_PER_CPU, int(FREE_COMMANDS_PER_CPU * cpus))
     resources = {name: len(numbers) for name, numbers in parse_indices(settings.resources).items()}
-    return Capacity(cpus, memory, pool.limit, commands, resources)
+    return Capacity(cpus, memory, python_slots, commands, resources)
 
 
 def _ordered_rate(app: Any, name: str) -> float | None:

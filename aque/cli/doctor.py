@@ -3,14 +3,15 @@
 import click
 
 from aque.cli.farm import Farm, open_farm
-from aque.cli.show import as_json, count, escape, span
-from aque.store import Finding, WorkerRow, schema
+from aque.cli.show import as_json, count, escape, size, span
+from aque.store import Finding, Sizes, WorkerRow, schema
 
 
 @click.command(name="doctor")
 @click.option("--json", "as_line_of_json", is_flag=True, help="Print one JSON object.")
 def command(as_line_of_json: bool) -> int:
-    """Check what must always hold in the store, such as that every task's open dependencies are counted right.
+    """Check what must always hold in the store, such as that every task's open dependencies are counted right, and tell how
+    much it holds.
 
     Exits with 0 if all is well, 1 if something was found, 69 if the store cannot be reached.
 
@@ -21,7 +22,8 @@ def command(as_line_of_json: bool) -> int:
     with open_farm() as farm, farm.store.connect() as connection:
         findings = farm.store.doctor(connection)
         workers = farm.store.workers(connection)
-        print(_json(farm, findings, workers) if as_line_of_json else _text(farm, findings, workers))
+        sizes = farm.store.retention.sizes()
+        print(_json(farm, findings, workers, sizes) if as_line_of_json else _text(farm, findings, workers, sizes))
     return 1 if findings else 0
 
 
@@ -30,7 +32,7 @@ def _lost(workers: list[WorkerRow]) -> list[WorkerRow]:
     return [row for row in workers if row.state != "stopped" and not row.is_live]
 
 
-def _json(farm: Farm, findings: list[Finding], workers: list[WorkerRow]) -> str:
+def _json(farm: Farm, findings: list[Finding], workers: list[WorkerRow], sizes: Sizes) -> str:
     return as_json(
         {
             "clean": not findings,
@@ -39,16 +41,26 @@ def _json(farm: Farm, findings: list[Finding], workers: list[WorkerRow]) -> str:
             "schema": schema.HEAD,
             "live_workers": [row.info.name for row in workers if row.is_live],
             "lost_workers": [row.info.name for row in _lost(workers)],
+            "output_bytes": sizes.output,
+            "result_bytes": sizes.results,
+            "row_bytes": sizes.rows,
+            "table_bytes": sizes.tables,
         }
     )
 
 
-def _text(farm: Farm, findings: list[Finding], workers: list[WorkerRow]) -> str:
+def _text(farm: Farm, findings: list[Finding], workers: list[WorkerRow], sizes: Sizes) -> str:
     live = sum(row.is_live for row in workers)
     lines = [
         f"store    {farm.store.engine.url.render_as_string(hide_password=True)}",
         f"schema   {schema.HEAD}",
         f"workers  {live} live, {len(_lost(workers))} lost",
+    ]
+    quota = farm.settings.output_quota_bytes
+    lines += [
+        f"holds    output   {size(sizes.output)}" + (f" of at most {size(quota)}" if quota else ""),
+        f"         results  {size(sizes.results)}",
+        f"         rows     {size(sizes.rows)}, with their indexes",
     ]
     for row in _lost(workers):
         if row.state == "live":  # those that a reaper has seen to are history

@@ -4,14 +4,20 @@ import click
 
 from aque.cli.show import count
 from aque.machine import settings_here
-from aque.store import Store, schema
+from aque.store import Store, again, schema
 from aque.store.engine import open_engine
 
 
 @click.command(name="init")
 @click.option("--reset", is_flag=True, help="Remove all tables, with all tasks, first.")
 @click.option("--yes", is_flag=True, help="Do not ask before removing them.")
-def command(reset: bool, yes: bool) -> int:
+@click.option(
+    "--events/--no-events",
+    "events",
+    default=None,
+    help="Record what happens to tasks, for `aque events` and `aque.events`; or do not.",
+)
+def command(reset: bool, yes: bool, events: bool | None) -> int:
     """Create the tables of the store that AQUE_BROKER names, or upgrade them to this version of Aque.
 
     Safe to run again. The embedded store needs it only after an upgrade of Aque.
@@ -19,6 +25,7 @@ def command(reset: bool, yes: bool) -> int:
     \b
     AQUE_BROKER=postgresql://aque@db/aque aque init
     aque init --reset
+    aque init --no-events
     """
     engine = open_engine(settings_here().store_url)
     where = engine.url.render_as_string(hide_password=True)
@@ -36,8 +43,17 @@ def command(reset: bool, yes: bool) -> int:
         print(
             f"{where}: " + (f"upgraded from {before} to" if before else "created tables of version") + f" {schema.HEAD}"
         )
+    if events is not None:
+        _record(Store(engine), events)
     engine.dispose()
     return 0
+
+
+def _record(store: Store, wanted: bool) -> None:
+    """Switch the recording of transitions."""
+    with store.connect() as connection:
+        changed = again(lambda: store.transitions.record(connection, wanted))
+    print(f"what happens to tasks is {'' if wanted else 'not '}recorded{'' if changed else ', as before'}")
 
 
 def _what_is_there(store: Store) -> str:

@@ -1,5 +1,6 @@
 """`aque kill`: end tasks, or withdraw them before they start."""
 
+import sys
 from collections import Counter
 from collections.abc import Collection
 
@@ -11,7 +12,8 @@ from aque.cli.farm import open_farm
 from aque.cli.options import in_seconds
 from aque.cli.show import count
 from aque.states import COMPLETE_STATES
-from aque.store import Killed
+from aque.store import Killed, Store
+from aque.values import NO_KILLS, Pattern
 
 #: So many ids are listed one by one.
 FEW = 20
@@ -52,8 +54,26 @@ def command(
             dependents=dependents,
             dry_run=dry_run,
         )
+        unkillable = _unkillable(farm.store, killed.requested)
     print("\n".join(_planned(killed)) if dry_run else ", ".join(_done(killed)) or "nothing to do")
+    for task_id, worker in unkillable:
+        print(
+            f"task {task_id} is a function in the process of {worker}, which cannot end it: it goes on", file=sys.stderr
+        )
     return 0 if killed.cancelled or killed.requested or killed.skipped else 1
+
+
+def _unkillable(store: Store, ids: Collection[int]) -> list[tuple[int, str]]:
+    """Those of these running tasks that go on whatever is asked of them, each with its worker; of many only the first."""
+    with store.connect() as connection:
+        workers = {
+            row.info.name for row in store.workers(connection) if row.is_live and NO_KILLS in row.info.containment
+        }
+        if not workers:
+            return []
+        wanted = {"id": sorted(ids)[:FEW], "pattern": str(Pattern.PYTHON), "interpreter": ""}
+        rows = list(store.tasks(connection, wanted, ["id", "worker"]))
+    return [(row["id"], row["worker"]) for row in rows if row["worker"] in workers]
 
 
 def _done(killed: Killed) -> list[str]:

@@ -28,6 +28,7 @@ VERBS = {
         "explain": "say why tasks are not running, worker by worker",
         "output": "print what tasks wrote",
         "wait": "wait for tasks to end",
+        "events": "print what happens to tasks, as it happens",
         "workers": "list workers",
         "doctor": "check the store",
     },

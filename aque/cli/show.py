@@ -49,6 +49,18 @@ def span(seconds: float) -> str:
     raise AssertionError
 
 
+def size(size_bytes: int) -> str:
+    """`17 bytes`, `3.1 KiB`, `20.0 GiB`."""
+    if size_bytes < 1024:
+        return count(size_bytes, "byte")
+    shown, unit = size_bytes / 1024, "KiB"
+    for larger in ("MiB", "GiB", "TiB"):
+        if shown < 1023.95:
+            break
+        shown, unit = shown / 1024, larger
+    return f"{shown:.1f} {unit}"
+
+
 def count(number: int, noun: str) -> str:
     """`1 task`, `2 tasks`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

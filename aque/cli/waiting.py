@@ -67,7 +67,7 @@ def until_ended(
     """
     left = dict.fromkeys(ids)
     end = None if timeout is None else time.monotonic() + timeout
-    waiter = Waiter(farm.store)
+    waiter = Waiter(farm.store, farm.store.completed)
     try:
         while left:
             # Before the look: a worker that ends may have finished the last task just then.

@@ -11,9 +11,13 @@ from aque.store.engine import (
     one_statement,
     transaction,
 )
+from aque.store.groups import Tree
 from aque.store.limits import LimitRow
+from aque.store.recording import SWITCHED_OFF
 from aque.store.refusals import Refusal
+from aque.store.retention import Ages, Removed, Sizes
 from aque.store.store import (
+    Call,
     Finding,
     Finished,
     Inherited,
@@ -28,8 +32,13 @@ from aque.store.store import (
     open_store,
     unchecked_store,
 )
+from aque.store.transitions import CursorRow, Transition
 
 __all__ = [
+    "SWITCHED_OFF",
+    "Ages",
+    "Call",
+    "CursorRow",
     "DatabaseError",
     "Finding",
     "Finished",
@@ -41,9 +50,13 @@ __all__ = [
     "Orders",
     "Refusal",
     "Released",
+    "Removed",
     "Scheduled",
+    "Sizes",
     "Store",
     "StoredResult",
+    "Transition",
+    "Tree",
     "WorkerRow",
     "again",
     "attempt_write",

@@ -18,6 +18,7 @@ from sqlalchemy.sql.functions import GenericFunction
 
 from aque import hints
 from aque.errors import BadStateDirectory, StoreUnreachable
+from aque.store import forks
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ def open_engine(url: str, **options: Any) -> sa.Engine:
         engine = sa.create_engine(
             parsed, isolation_level="AUTOCOMMIT", connect_args={"timeout": 30, "check_same_thread": False}, **options
         )
+        sa.event.listen(engine, "do_connect", lambda dialect, record, args, given: forks.connect(*args, **given))
         sa.event.listen(engine, "connect", _prepare_sqlite)
         return engine
     engine = sa.create_engine(
@@ -475,6 +477,39 @@ def closure(dialect: str, first: Any, links: Sequence[tuple[Any, Any, Any]]) -> 
     ]
     reached: Any = sa.union_all(*ways).offset(sa.literal_column("0")).lateral("reached")
     return found.union(sa.select(reached.c.target).select_from(found.join(reached, sa.true())))
+
+
+def without_jit(connection: sa.Connection) -> None:
+    """For statements that PostgreSQL believes to be expensive, and that are not: to compile one took 2 s, to run it 10 ms."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET jit = off")
+
+
+def table_bytes(connection: sa.Connection, only: str | None = None) -> tuple[dict[str, int], int]:
+    """Bytes on disk, with indexes: of each of our tables, or of one of them, and their sum. SQLite tells it of the whole file
+    only, unless it was built to tell more."""
+    if connection.dialect.name == "postgresql":
+        sized = connection.exec_driver_sql(
+            "SELECT c.relname, pg_total_relation_size(c.oid) FROM pg_class c JOIN pg_class t"
+            " ON t.oid = to_regclass('aque_task') AND t.relnamespace = c.relnamespace"
+            " WHERE c.relkind = 'r' AND c.relname LIKE 'aque%%'"
+        )
+        tables = {name: int(size) for name, size in sized if only in (None, name)}
+        return tables, sum(tables.values())
+    pages, free, page_bytes = (
+        int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    total = (pages - free) * page_bytes
+    if only is not None:
+        return {}, total
+    try:
+        sized = connection.exec_driver_sql(
+            "SELECT m.tbl_name, sum(s.pgsize) FROM dbstat s JOIN sqlite_schema m ON m.name = s.name GROUP BY m.tbl_name"
+        )
+        return {name: int(size) for name, size in sized}, total
+    except sa.exc.OperationalError:  # no such table: dbstat
+        return {}, total
 
 
 def copy_rows(

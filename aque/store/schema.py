@@ -6,11 +6,11 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from aque.errors import WrongSchema
-from aque.store import tables
+from aque.store import recording, tables
 from aque.store.engine import reachable, transaction
 
 #: The newest migration; a test holds it equal to what the migrations say.
-HEAD = "0004"
+HEAD = "0005"
 VERSION_TABLE = "aque_schema_version"
 
 
@@ -61,6 +61,7 @@ def upgrade(engine: sa.Engine) -> str | None:
             config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+            recording.restore(connection)
         else:
             check(connection)
     return before
@@ -71,5 +72,6 @@ def drop(engine: sa.Engine) -> None:
     with reachable(engine), engine.connect() as connection, transaction(connection):
         tables.metadata.drop_all(connection)
         connection.exec_driver_sql(f"DROP TABLE IF EXISTS {VERSION_TABLE}")
+        recording.forget(connection)
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("DROP SEQUENCE IF EXISTS aque_id")

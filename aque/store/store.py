@@ -36,11 +36,14 @@ from aque.store import statements as sql
 from aque.store.changes import Changes
 from aque.store.engine import copy_rows, inside_transaction, open_engine, reachable, transaction, why_not_personal
 from aque.store.explanations import Explanations
+from aque.store.groups import Groups, in_turn
 from aque.store.limits import Limits
 from aque.store.refusals import Refusals
 from aque.store.reservations import Reservations, ready_task
+from aque.store.retention import KNOWN_SECONDS, Retention, environment_id
 from aque.store.run_times import RunTimes
 from aque.store.tables import edge, payload, task
+from aque.store.transitions import Transitions
 from aque.values import (
     Children,
     ClaimedTask,
@@ -136,6 +139,18 @@ class StoredResult:
     finished_at: float | None
     value: bytes | None
     error: bytes | None
+    failed: int = 0  #: attempts
+    parent_id: int | None = None
+    has_children: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What Celery's extended results tell of a task beside its end."""
+
+    arguments: bytes | None  #: JSON of [args, kwargs]; None: not a function's
+    queue: str | None
+    worker: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +252,7 @@ class Store:
         self.engine = engine
         self.dialect = engine.dialect.name
         self.limits = Limits(self.dialect)
+        self.groups = Groups(self.dialect)
         self.host = socket.gethostname()
         #: Where the tasks have run whose ends this process records, if it is a worker's.
         self.worker_host = ""
@@ -244,11 +260,14 @@ class Store:
         self.explanations = Explanations(self.dialect)
         self.changes = Changes(self.dialect)
         self.refusals = Refusals(self.dialect)
+        self.retention = Retention(engine)
         self._requirement_ids: dict[Requirement, int] = {}
+        self._looked_up: dict[Requirement, float] = {}  # when, in seconds since 1970
         self._requirements: dict[int, Requirement] = {}
-        self._environment_ids: set[str] = set()
+        self._environment_ids: dict[str, str] = {}  # by digest
         self._clock = (-math.inf, 0.0)
         self.run_times = RunTimes(self.dialect)
+        self.transitions = Transitions(self.dialect)
 
     @contextmanager
     def connect(self) -> Iterator[sa.Connection]:
@@ -290,10 +309,12 @@ class Store:
         graph: dict[int, Sequence[Dependency]] = {spec.id: spec.dependencies for spec in specs}
         dependents = Counter(d.upstream for spec in specs for d in spec.dependencies)
         states = self._add_dependents(connection, {i: n for i, n in dependents.items() if i not in graph})
-        children = Counter(spec.parent_id for spec in specs if spec.parent_id is not None)
-        self._add_children(connection, {i: n for i, n in children.items() if i not in graph})
         groups = [s.id for s in specs if s.requirement.pattern is Pattern.GROUP]
         starts = deps.starts(graph, groups, states, [s.id for s in specs if s.not_before is not None])
+        # One that is skipped from the start never ends, and nobody is to wait for that.
+        open_specs = [spec for spec in specs if starts[spec.id].state not in COMPLETE_STATES]
+        children = Counter(spec.parent_id for spec in open_specs if spec.parent_id is not None)
+        self._add_children(connection, {i: n for i, n in children.items() if i not in graph})
         everything = {**states, **{task_id: start.state for task_id, start in starts.items()}}
         now = self._wall(connection, time.monotonic())
         task_rows, payload_rows, edge_rows = [], [], []
@@ -302,7 +323,7 @@ class Store:
             start = starts[spec.id]
             duration = durations.get(spec.id, spec.duration)
             task_rows.append(self._task_row(spec, start, dependents[spec.id], children[spec.id], duration, now))
-            if spec.requirement.pattern is not Pattern.GROUP:
+            if spec.requirement.pattern is not Pattern.GROUP or spec.inputs:
                 payload_rows.append(self._payload_row(spec))
             edge_rows += [
                 (d.upstream, spec.id, str(d.condition), deps.is_satisfied(d.condition, everything[d.upstream]))
@@ -348,17 +369,22 @@ class Store:
         self.requirement_ids(connection, wanted)
         for content in {spec.environment for spec in specs if spec.environment}:
             digest = _digest(content)
-            if digest not in self._environment_ids:
-                connection.execute(sql.add_environment(self.dialect), {"id": digest, "content": content})
-                self._environment_ids.add(digest)
+            new = environment_id(digest, self.now(connection))
+            if self._environment_ids.get(digest) != new:
+                connection.execute(sql.add_environment(self.dialect), {"id": new, "content": content})
+                self._environment_ids[digest] = new
 
     def requirement_ids(self, connection: sa.Connection, wanted: Iterable[Requirement]) -> dict[Requirement, int]:
         """The classes of these requirements, made if there are none, outside of any transaction: see `intern`."""
         known = self._requirement_ids
         found = {}
         for requirement in wanted:
-            if requirement not in known:
+            # Not for ever: one that nobody has used for long may have been removed, see `retention`. By the wall clock,
+            # which goes on while the machine sleeps.
+            now = time.time()
+            if not 0 <= now - self._looked_up.get(requirement, -math.inf) < KNOWN_SECONDS:
                 known[requirement] = self._requirement_id(connection, requirement)
+                self._looked_up[requirement] = now
             found[requirement] = known[requirement]
         return found
 
@@ -457,7 +483,7 @@ class Store:
             spec.login,
             spec.cwd,
             spec.umask,
-            _digest(spec.environment) if spec.environment else None,
+            self._environment_ids[_digest(spec.environment)] if spec.environment else None,
             _json_list(spec.import_path) if spec.import_path else b"",
             _join(spec.io_paths or ()),
             spec.time_limit_seconds,
@@ -568,15 +594,42 @@ class Store:
         return found
 
     def values(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, bytes]:
-        """The results of these tasks as JSON: `null` where there is none, a command's end and stdout for a command."""
-        rows = connection.execute(sql.results(self.dialect), {"ids": list(ids)}).all()
+        """The results of these tasks as JSON: `null` where there is none, a command's end and stdout for a command, the list
+        of its members' for a group of a canvas. Of one that did not succeed: what is known of its failure, an object."""
+        wanted = list(ids)
         found: dict[int, bytes] = {}
-        for row in rows:
-            if row.pattern == Pattern.SHELL:
-                found[row.id] = self._command_result(connection, row)
-            else:
-                found[row.id] = b"null" if row.value is None else bytes(row.value)
-        return found
+        order: dict[int, list[int]] = {}
+        asked: Collection[int] = wanted
+        while asked:
+            groups = []
+            for row in connection.execute(sql.results(self.dialect), {"ids": list(asked)}).all():
+                if row.state in _ENDED_BADLY:
+                    found[row.id] = self._failure(connection, row)
+                elif row.pattern == Pattern.SHELL:
+                    found[row.id] = self._command_result(connection, row)
+                elif row.pattern == Pattern.GROUP:
+                    groups.append(row.id)
+                else:
+                    found[row.id] = b"null" if row.value is None else bytes(row.value)
+            members = self.groups.members(connection, groups) if groups else {}
+            found |= {i: b"null" for i in groups if i not in members}
+            order |= members
+            asked = {i for group in members.values() for i in group if i not in found and i not in order}
+        for group in in_turn(order):
+            found[group] = b"[" + b",".join(found.get(i, b"null") for i in order[group]) + b"]"
+        return {i: found[i] for i in wanted if i in found}
+
+    def _failure(self, connection: sa.Connection, row: Any) -> bytes:
+        """{"state", "reason", "type", "message", "traceback"}; of a group, or a skipped task, the failure that caused it,
+        and the id of the task that failed as "cause"."""
+        cause = None
+        if row.pattern == Pattern.GROUP or row.state == State.SKIPPED:
+            cause = self.groups.cause(connection, row.id)
+            if cause is not None:
+                row = connection.execute(sql.results(self.dialect), {"ids": [cause]}).one()
+        fields = json.loads(row.error) if row.error else {}
+        shown = {"state": row.state, "reason": row.reason, "name": row.name, "cause": row.celery_id or str(row.id)}
+        return json.dumps(fields | shown).encode()
 
     def _command_result(self, connection: sa.Connection, row: Any) -> bytes:
         """{"exit_code", "stdout", "truncated"}: what dependents see of a command; stdout up to 64 KiB as text."""
@@ -833,7 +886,8 @@ class Store:
             if row.parent_id is not None:
                 count = counts.setdefault(row.parent_id, [0, 0])
                 count[0] += 1
-                count[1] += row.state != State.SUCCESS
+                # One that is skipped says nothing: what it waited for did, or an error callback was not needed.
+                count[1] += row.state not in (State.SUCCESS, State.SKIPPED)
         if not counts:
             return []
         rows = json.dumps([{"id": i, "n": n, "failed": failed} for i, (n, failed) in sorted(counts.items())])
@@ -1149,22 +1203,28 @@ class Store:
 
     def stored_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
         """State, result and error of each of these tasks that there is."""
-        rows = connection.execute(sql.results(self.dialect), {"ids": list(ids)})
-        return {
-            row.id: StoredResult(
-                row.id,
-                row.name,
-                State(row.state),
-                None if row.reason is None else Reason(row.reason),
-                row.exit_code,
-                row.signal,
-                Pattern(row.pattern),
-                row.finished_at,
-                None if row.value is None else bytes(row.value),
-                None if row.error is None else bytes(row.error),
-            )
-            for row in rows
-        }
+        return _stored_results(connection.execute(sql.results(self.dialect), {"ids": list(ids)}))
+
+    def ended_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
+        """The same of those that are complete."""
+        return _stored_results(connection.execute(sql.ended_results(self.dialect), {"ids": list(ids)}))
+
+    def children_of(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, list[tuple[int, str | None]]]:
+        """The children of these tasks, as (id, Celery's id where a caller brought one)."""
+        found: dict[int, list[tuple[int, str | None]]] = {}
+        for row in connection.execute(sql.children_of(self.dialect), {"ids": list(ids)}):
+            found.setdefault(row.parent_id, []).append((row.id, row.celery_id))
+        return found
+
+    def told(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, tuple[str, bytes]]:
+        """The states of their own, with their JSON, that those of these tasks that run have told."""
+        rows = connection.execute(sql.told(self.dialect), {"ids": list(ids)})
+        return {row.task_id: (row.state, bytes(row.meta)) for row in rows}
+
+    def calls(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, Call]:
+        """What these tasks are calls of, and where they ran."""
+        rows = connection.execute(sql.calls(self.dialect), {"ids": list(ids)})
+        return {row.id: Call(_bytes(row.arguments), row.queue, row.worker) for row in rows}
 
     def ids_of(self, connection: sa.Connection, celery_ids: Sequence[str]) -> dict[str, int]:
         """The tasks that Celery knows by these ids: decimal ones, and those that a caller brought."""
@@ -1267,6 +1327,8 @@ _PAYLOAD_COLUMNS = (
 )  # fmt: skip
 #: Columns of a task that its submission leaves empty.
 _NOTHING_YET = {f"t_{column.name}": None for column in task.c if column.name not in _TASK_COLUMNS}
+#: Complete, and no success.
+_ENDED_BADLY = frozenset(str(state) for state in COMPLETE_STATES - {State.SUCCESS})
 _EDGE_COLUMNS = ("upstream", "downstream", "condition", "satisfied")
 
 
@@ -1360,6 +1422,27 @@ def _claimed(row: Any, token: int) -> ClaimedTask:
         failed=row.failed,
         extra=json.loads(row.extra) if row.extra else {},
     )
+
+
+def _stored_results(rows: Iterable[Any]) -> dict[int, StoredResult]:
+    return {
+        row.id: StoredResult(
+            row.id,
+            row.name,
+            State(row.state),
+            None if row.reason is None else Reason(row.reason),
+            row.exit_code,
+            row.signal,
+            Pattern(row.pattern),
+            row.finished_at,
+            _bytes(row.value),
+            _bytes(row.error),
+            row.failed,
+            row.parent_id,
+            bool(row.has_children),
+        )
+        for row in rows
+    }
 
 
 def _bytes(value: Any) -> bytes | None:

@@ -303,3 +303,38 @@ refusal = sa.Table(
     sa.Column("refused_at", sa.Double, nullable=False),
     comment="hosts on which a task could not be started, through no fault of its own",
 )
+
+transition = sa.Table(
+    "aque_transition",
+    metadata,
+    sa.Column("id", Id, primary_key=True, comment="rises in the order in which each task moved; gaps: rolled back"),
+    sa.Column("task_id", Id, nullable=False),
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, comment="that it moved to; ready or pending: another attempt follows"),
+    sa.Column("reason", sa.Text),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("worker_id", Id),
+    sa.Column("at", sa.Double, nullable=False),
+    comment="what has happened to tasks, written by triggers (see aque/store/recording.py); append only",
+    sqlite_autoincrement=True,  # or the ids of deleted rows would be used again
+)
+
+recording = sa.Table(
+    "aque_recording",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False, comment="1: there is one row"),
+    sa.Column("is_on", sa.Boolean, nullable=False, comment="transitions are recorded"),
+    sa.Column("deleted_up_to", sa.BigInteger, nullable=False, comment="of transitions, by retention"),
+)
+
+cursor = sa.Table(
+    "aque_cursor",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("position", sa.BigInteger, nullable=False, comment="the last transition that was handled"),
+    sa.Column("holder", sa.Text, comment="the reader whose turn it is; null: nobody's"),
+    sa.Column("until", sa.Double, comment="on the lease clock, see engine.lease_clock"),
+    sa.Column("updated_at", sa.Double, nullable=False),
+    comment="how far durable readers of transitions have come",
+)

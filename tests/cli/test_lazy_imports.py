@@ -33,6 +33,7 @@ def imported(aque: Aque, *words: str) -> set[str]:
         ("set", "@last", "priority=1"),
         ("workers",),
         ("doctor",),
+        ("events",),
         ("init",),
         ("submit", "--", "true"),
         ("xargs", "--no-wait", "true"),

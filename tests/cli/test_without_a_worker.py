@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -485,6 +486,16 @@ def test_doctor_finds_a_broken_invariant(aque):
     assert aque("doctor").status == 1
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE aque_task SET unmet = 0")
+
+
+def test_doctor_tells_what_the_store_holds(aque):
+    aque.submit("--", "true")
+    found = json.loads(aque("doctor", "--json").out)
+    assert (found["output_bytes"], found["result_bytes"]) == (0, 0)
+    assert found["row_bytes"] > 0
+    assert re.search(
+        r"output +0 bytes of at most 20\.0 GiB\n +results +0 bytes\n +rows +\S+ [KM]iB", aque("doctor").out
+    )
 
 
 def test_the_state_directory_is_private(aque):

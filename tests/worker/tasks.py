@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,47 @@ def gpu_then_wait(path: str, gate: str) -> str:
     Path(path + ".new").rename(path)
     wait_for(gate)
     return os.environ["AQUE_GPU_INDICES"]
+
+
+@aque.task
+def hold(path: str, gate: str) -> str:
+    """Leave a file that names this thread, then wait until the gate is open."""
+    Path(path).write_text(threading.current_thread().name)
+    wait_for(gate)
+    return threading.current_thread().name
+
+
+@aque.task
+def meet(path: str, other: str) -> dict[str, Any]:
+    """While another one of these runs: who this is, to itself, to its environment and to its child."""
+    Path(path).touch()
+    wait_for(other)
+    task, child = aque.current_task(), whoami.delay()
+    Path(path + ".asked").touch()
+    wait_for(other + ".asked")
+    assert task is not None
+    return {"id": task.id, "child": child.number, "variable": os.environ.get("AQUE_TASK_ID")}
+
+
+@aque.task
+def pid() -> int:
+    return os.getpid()
+
+
+@aque.task
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@aque.task
+def through_child(value: int) -> int:
+    """What a child returns, for which this waits."""
+    return int(add.delay(value, 1).get(timeout=60))
+
+
+@aque.task(max_retries=2, default_retry_delay=0, bind=True)
+def third_time(self: Any) -> int:
+    """Ask for another attempt until this is the third."""
+    if self.request.retries < 2:
+        self.retry()
+    return int(self.request.retries)

@@ -56,3 +56,12 @@ def test_a_command_has_the_paths_among_its_words_unless_it_says_otherwise(own_fa
     assert places(aque.shell(words, io=False)) == []
     assert places(aque.shell(words, io_paths=["/shots"])) == ["/shots"]
     assert places(aque.shell(["gzip", "f"], cwd=str(tmp_path))) == [str(tmp_path)]
+
+
+def test_a_call_of_an_executor_tells_its_paths_and_a_chunk_those_of_its_calls(own_farm: Farm) -> None:
+    executor = aque.Executor()
+    assert places(executor.submit(io_tasks.convert, "/shots/a").handle) == ["/shots/a"]
+    executor.map(io_tasks.convert, ["/shots/b", "/shots/c"], chunksize=2)
+    rows = {row["name"]: row["places"] for row in aque.tasks({"pattern": "python"}, ["name", "places"])}
+    assert list(map(os.fsdecode, rows["tests.worker.io_tasks.convert (2 calls)"])) == ["/shots/b", "/shots/c"]
+    executor.shutdown(cancel_futures=True)

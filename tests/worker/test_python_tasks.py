@@ -279,8 +279,8 @@ def test_a_call_that_does_not_match_the_signature_is_refused_at_submit(farm: Far
     before = farm.counts()
     with pytest.raises(TypeError):
         tasks.add.delay(1)
-    with pytest.raises(BadInput, match="countdown"):
-        tasks.add.apply_async((1, 1), countdown=5)
+    with pytest.raises(BadInput, match="cuontdown"):
+        tasks.add.apply_async((1, 1), cuontdown=5)
     assert farm.counts() == before
 
 

@@ -187,14 +187,19 @@ def leave() -> Statement:
 
 @cache
 def enter() -> Statement:
-    """The task `which` goes on in `to_state`, with so many dependencies left (`new_unmet`)."""
+    """The task `which` goes on in `to_state`, with so many dependencies left (`new_unmet`); what takes its place may have
+    failed already, and then it ends here."""
+    to_state = sa.bindparam("to_state", type_=sa.Text)
+    skipped = to_state == State.SKIPPED
     return (
         sa.update(task)
         .where(task.c.id == sa.bindparam("which"), is_state(State.PENDING))
         .values(
-            state=sa.bindparam("to_state", type_=sa.Text),
+            state=to_state,
             unmet=sa.bindparam("new_unmet", type_=sa.Integer),
             ready_at=wall_clock(),
+            reason=sa.case((skipped, Reason.DEPENDENCY.value), else_=sa.null()),
+            finished_at=sa.case((skipped, wall_clock()), else_=sa.null()),
         )
         .returning(*MOVED)
     )
@@ -417,17 +422,22 @@ def append_output(dialect: str) -> Statement:
 @cache
 def results(dialect: str) -> Statement:
     """State, result and error of these tasks (`ids`)."""
+    child = task.alias("child")
     return (
         sa.select(
             task.c.id,
             task.c.state,
             task.c.reason,
             task.c.name,
+            task.c.celery_id,
             task.c.pattern,
             task.c.attempt,
+            task.c.failed,
+            task.c.parent_id,
             task.c.exit_code,
             task.c.signal,
             task.c.finished_at,
+            sa.exists().where(child.c.parent_id == task.c.id).correlate(task).label("has_children"),
             result.c.value,
             result.c.error,
         )

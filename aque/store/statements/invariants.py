@@ -6,12 +6,15 @@ from typing import Any
 import sqlalchemy as sa
 
 from aque.states import COMPLETE_STATES, State
+from aque.store.recording import SWITCHED_OFF
 from aque.store.statements.common import (
     ON_WORKER,
     Statement,
     is_state,
 )
-from aque.store.tables import edge, limit, payload, requirement, task, token, worker
+from aque.store.statements.retention import OF_TASK
+from aque.store.statements.transitions import last_transition
+from aque.store.tables import cursor, edge, environment, limit, payload, requirement, task, token, transition, worker
 from aque.values import Children, Condition, Pattern
 
 
@@ -58,6 +61,24 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         .group_by(token.c.task_id)
         .subquery("held")
     )
+    # Only what has been recorded without a break.
+    since = (
+        sa.select(sa.func.coalesce(sa.func.max(transition.c.id), 0))
+        .where(transition.c.state == SWITCHED_OFF)
+        .scalar_subquery()
+    )
+    of_a_task: dict[str, Any] = {"partition_by": transition.c.task_id, "order_by": transition.c.id}
+    moves = (
+        sa.select(
+            transition.c.task_id,
+            transition.c.state,
+            sa.func.lag(transition.c.state).over(**of_a_task).label("before"),
+            sa.func.lead(transition.c.state).over(**of_a_task).label("next"),
+        )
+        .where(transition.c.id > since)
+        .subquery("moves")
+    )
+    again = [State.READY.value, State.PENDING.value]
     slots = (
         sa.select(sa.func.count())
         .select_from(token)
@@ -112,6 +133,17 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         "I1 a task has a payload": sa.select(task.c.id)
         .select_from(task.outerjoin(payload, payload.c.task_id == task.c.id))
         .where(payload.c.task_id.is_(None), task.c.pattern != Pattern.GROUP),
+        "I1 a task has its requirement class": sa.select(task.c.id)
+        .select_from(task.outerjoin(requirement, requirement.c.id == task.c.requirement_id))
+        .where(task.c.requirement_id.is_not(None), requirement.c.id.is_(None)),
+        "I1 a task has its environment": sa.select(payload.c.task_id)
+        .select_from(payload.outerjoin(environment, environment.c.id == payload.c.environment_id))
+        .where(payload.c.environment_id.is_not(None), environment.c.id.is_(None)),
+        "I1 what belongs to a task goes with it": sa.union(
+            *[sa.select(column).where(sa.not_(sa.exists().where(task.c.id == column))) for column in OF_TASK]
+        )
+        .subquery("left_over")
+        .select(),
         "I1 an edge joins two tasks": sa.select(edge.c.downstream)
         .select_from(
             edge.outerjoin(upstream, upstream.c.id == edge.c.upstream).outerjoin(task, task.c.id == edge.c.downstream)
@@ -120,6 +152,15 @@ def checks(dialect: str) -> dict[str, sa.Select[Any]]:
         "I3 a complete task has an end, an unfinished one has none": sa.select(task.c.id).where(
             task.c.state.in_(complete) != task.c.finished_at.is_not(None),
             sa.or_(task.c.state.in_(complete), task.c.state.in_([State.PENDING.value, State.RUNNING.value])),
+        ),
+        "events: what is recorded of a task is in order": sa.select(moves.c.task_id).where(
+            moves.c.before.in_(complete), moves.c.state.not_in(again)
+        ),
+        "events: the last that is recorded of a task is its state": sa.select(task.c.id)
+        .select_from(moves.join(task, task.c.id == moves.c.task_id))
+        .where(moves.c.next.is_(None), moves.c.state.not_in(again), moves.c.state != task.c.state),
+        "events: no cursor is ahead of what is recorded": sa.select(cursor.c.name).where(
+            cursor.c.position > last_transition(dialect)
         ),
     }
 

@@ -20,9 +20,10 @@ from aque.values import Children
 
 @cache
 def with_members(dialect: str) -> Statement:
-    """State of these tasks (`ids`) and of the members of those that are jobs."""
-    member = sa.and_(one_of(dialect, task.c.job_id, "ids"), task.c.job_id != task.c.id)
-    return sa.select(task.c.id, task.c.state).where(sa.or_(one_of(dialect, task.c.id, "ids"), member))
+    """State of these tasks (`ids`), of the members of those that are jobs or groups, and of theirs."""
+    members = (task.c.job_id, task.c.id, task.c.job_id != task.c.id)
+    found = closure(dialect, _these(dialect), [members])
+    return sa.select(task.c.id, task.c.state).where(task.c.id.in_(sa.select(found.c.id)))
 
 
 @cache

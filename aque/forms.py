@@ -1,0 +1,99 @@
+"""Other forms of work than a command or a call: a barrier, a reduction, and patterns that packages bring."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+from celery import Celery
+
+from aque import own_tasks, patterns
+from aque.celery_app import app_in_use, graph
+from aque.errors import BadInput
+from aque.futures import Future
+from aque.graphs import open_graph, submit_or_add
+from aque.handles import Handle, backend_of, id_of, submitter_of
+from aque.named_calls import NamedCall, checked
+from aque.submitter import Options
+from aque.values import OWN_INTERPRETER, Condition, Dependency
+
+#: In place of an initial value that may be anything.
+_NONE_GIVEN: Any = object()
+
+
+def barrier(tasks: Iterable[Handle | Future | int], *, name: str = "barrier", app: Celery | None = None) -> Handle:
+    """A task that only groups: it runs nothing, ends when all of `tasks` have ended, and succeeds if all of them have.
+
+    A hundred tasks that each wait for a hundred others need 10,000 edges, and 200 with a barrier between. Its result is None.
+    """
+    app = app or app_in_use()
+    submitter, job = submitter_of(app), open_graph.get()
+    ids = [id_of(task.handle if isinstance(task, Future) else task) for task in tasks]
+    place: dict[str, Any] = {} if job is None else job.place()
+    new = submitter.next_id() if job is None else job.new_id()
+    members = tuple(Dependency(task_id, Condition.ANY) for task_id in ids)
+    submit_or_add(submitter, job, submitter.group(new, Options(name=name, dependencies=members, **place)), strict=False)
+    return Handle(str(new), app=app, backend=backend_of(app), task_name=name)
+
+
+def reduce(
+    function: Callable[..., Any] | str,
+    items: Iterable[Any],
+    *,
+    initial: Any = _NONE_GIVEN,
+    arity: int = 2,
+    app: Celery | None = None,
+    **options: Any,
+) -> Handle:
+    """Combine `items`, values or handles of tasks, to one by `function(left, right)`; the task with the result.
+
+    As a tree: neighbours are combined, then neighbours of these, so that 1,000 items take 10 steps and not 999; the order is
+    kept, and `function` must be associative. With a larger `arity` it gets up to so many at once, and at least two. `initial`
+    comes before the first item, and is the result if there are none; without it that is a BadInput. One item is the result as
+    it is. `options` are those of `@aque.task`, for each call. All is submitted in one transaction.
+    """
+    if arity < 2:
+        raise BadInput(f"a reduction combines at least 2 items at a time, not {arity!r}. Nothing was submitted.")
+    values = [*([] if initial is _NONE_GIVEN else [initial]), *items]
+    if not values:
+        raise BadInput(
+            "there is nothing to reduce. Nothing was submitted: give items, or `initial` for where there are none."
+        )
+    app = app or app_in_use()
+    if len(values) == 1:
+        (only,) = values
+        if isinstance(only, Handle):
+            return only
+        return only.handle if isinstance(only, Future) else NamedCall.of(own_tasks.same, {}).submit(app, [only], {})
+    call = NamedCall.of(function, checked(options))
+    with nullcontext() if open_graph.get() is not None else graph(f"reduce {call.name}", app):
+        return _combined(app, call, values, arity)
+
+
+def _combined(app: Celery, call: NamedCall, values: list[Any], arity: int) -> Handle:
+    """The task with the result; there are at least two values."""
+    while len(values) > 1:
+        starts = range(0, len(values), arity)
+        neighbours = [values[start : start + arity] for start in starts]
+        values = [several[0] if len(several) == 1 else call.submit(app, several, {}) for several in neighbours]
+    last: Handle = values[0]
+    return last
+
+
+def pattern(name: str, app: Celery | None = None, **options: Any) -> Callable[..., Handle]:
+    """What submits tasks of a pattern that a package brings: `aque.pattern("frames", cpus=4)(script="a.nk", last=24)`.
+
+    `options` are those of `@aque.task`, and stand above the pattern's own. Raises BadInput if it is not installed here. A
+    worker on which it is not installed ends the task as `error: cannot_import`.
+    """
+    found = patterns.load(name)
+    given = checked(options)
+
+    def submit(*args: Any, **kwargs: Any) -> Handle:
+        parts = found.prepare(*args, **kwargs)
+        chosen = {**found.options(**parts), **given}
+        if not found.in_pool:
+            chosen.setdefault("interpreter", OWN_INTERPRETER)
+        call = NamedCall(f"{patterns.__name__}:named.{name}", str(chosen.pop("name", name)), checked(chosen))
+        return call.submit(app or app_in_use(), [], parts)
+
+    return submit
