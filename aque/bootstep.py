@@ -123,6 +123,7 @@ class ConsumerStep(bootsteps.StartStopStep):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
         consumer.call_soon_ack = aque.acks.soon
         _look_up_from_waiting(consumer.connection)
+        _survive_closing(consumer.connection)
         aque.eventer.dispatcher = dispatcher = consumer.event_dispatcher
         # Strategies close over the handler that was there before, and over who sends the events of ordinary tasks: in the
         # thread that reads the pool's results, which a broker that hangs must not hold up.
@@ -155,6 +156,20 @@ def _look_up_from_waiting(connection: Any) -> None:
         return drain_events(timeout=None if timeout is None else min(timeout, 0.01 if stops else 0.2))
 
     connection.drain_events = drain
+
+
+def _survive_closing(connection: Any) -> None:
+    """Celery closes a lost connection before it makes a new one, and kombu's Redis, which then wants to give back the messages
+    that are not acknowledged, fails with an AttributeError that would end the worker with all that runs."""
+    close = connection.close
+
+    def close_or_leave() -> None:
+        try:
+            close()
+        except Exception as error:
+            logger.warning("a connection to the broker could not be closed in order: %s", error)
+
+    connection.close = close_or_leave
 
 
 def _is_program(worker: Any) -> bool:

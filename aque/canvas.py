@@ -10,6 +10,7 @@ from celery import Celery
 from celery import Task as CeleryTask
 from celery.canvas import Signature, _basemap, _chain, _chord, chunks, group
 from celery.exceptions import ImproperlyConfigured
+from celery.local import Proxy
 from celery.utils.functional import arity_greater, maybe_list
 from kombu.utils.uuid import uuid
 
@@ -357,6 +358,12 @@ def _signature(sig: Any, app: Celery) -> Any:
     raise BadInput(f"a canvas is made of signatures, not of {sig!r:.60}. Nothing was submitted.")
 
 
+def _itself(app: Any) -> Celery:
+    """An app that may be given as Celery's `current_app`: the app of a canvas with nothing in it."""
+    found: Celery = app._get_current_object() if isinstance(app, Proxy) else app
+    return found
+
+
 def _copy(sig: Any, **fields: Any) -> Any:
     """The same signature but for these fields; unlike Celery's clone it copies nothing that is inside."""
     kind: Any = type(sig)
@@ -511,6 +518,7 @@ def submit(
 ) -> Any:
     """Submit a canvas as a graph, in one transaction; Celery's result for it, None if nothing is in it. `options` replace those
     that it has. Raises what `Task.apply_async` raises, and then nothing was submitted."""
+    app = _itself(app)
     sig = _signature(sig, app)
     builder = Builder(app)
     lead = Lead(tuple(args or ()), dict(kwargs or {}))
@@ -634,7 +642,7 @@ def install() -> None:
 def _graph_or(celerys: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(celerys)
     def apply_async(self: Any, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        app = self.app
+        app = _itself(self.app)
         refused = isinstance(self, group) and (options.get("link") or options.get("link_error"))
         if app.conf.task_always_eager or refused:
             return celerys(self, args, kwargs, **options)

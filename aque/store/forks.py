@@ -9,7 +9,8 @@ a pool child that died, in place of a function that waits for a task.
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -103,24 +104,31 @@ class Connection(sqlite3.Connection):
 
 
 class Cursor(sqlite3.Cursor):
-    """SQLite's cursor, inside the gate."""
+    """SQLite's cursor, inside the gate. It reads all rows at once: a statement that returns some (UPDATE ... RETURNING) holds
+    its locks, of the file and in memory, until the last has been read."""
 
     connection: Connection
+    _rows: Iterator[Any] = iter(())
 
     def execute(self, *args: Any) -> Any:
-        return self.connection.run(super().execute, *args)
+        self._rows = iter(self.connection.run(self._execute, *args))
+        return self
+
+    def _execute(self, *args: Any) -> list[Any]:
+        super().execute(*args)
+        return super().fetchall() if self.description is not None else []
 
     def executemany(self, *args: Any) -> Any:
         return self.connection.run(super().executemany, *args)
 
     def fetchone(self) -> Any:
-        return self.connection.run(super().fetchone)
+        return next(self._rows, None)
 
-    def fetchmany(self, *args: Any) -> Any:
-        return self.connection.run(super().fetchmany, *args)
+    def fetchmany(self, size: int | None = None) -> list[Any]:
+        return list(islice(self._rows, self.arraysize if size is None else size))
 
-    def fetchall(self) -> Any:
-        return self.connection.run(super().fetchall)
+    def fetchall(self) -> list[Any]:
+        return list(self._rows)
 
 
 def connect(*args: Any, **options: Any) -> sqlite3.Connection:

@@ -184,7 +184,7 @@ def check_terminate(on: Brokered, directory: Path) -> None:
 
 def stamped(value: str, path: str, gate: str) -> Handle:
     """A task of the table that bears a stamp."""
-    submitter = submitter_of(aque.celery_app._app())
+    submitter = submitter_of(tasks.started._get_app())
     new = submitter.next_id()
     arguments = json.dumps([[path, gate], {}]).encode()
     extra = {"stamped_headers": ["show"], "stamps": {"show": [value]}}

@@ -131,3 +131,19 @@ def inherits() -> list[Any]:
     child = value.delay()
     (row,) = aque.tasks({"id": child.number}, ["priority", "queue", "host", "parent_id"])
     return list(row.values())
+
+
+@aque.task
+def mark(number: int, path: str) -> int:
+    """Says in a file that it has run."""
+    with open(path, "a") as file:
+        file.write(f"{number}\n")
+    return number
+
+
+@aque.task
+def add_up(numbers: list[int], path: str) -> int:
+    """The body of a chord; says in a file that it has run."""
+    with open(path, "a") as file:
+        file.write("body\n")
+    return sum(numbers)
