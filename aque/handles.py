@@ -135,10 +135,6 @@ class Handle(AsyncResult):
             found = store.groups.followers(connection, self.number)
         return [Handle(i, app=self.app, backend=self.backend) for i in found]
 
-    def forget(self) -> None:
-        """Nothing, but that the next question asks the table: rows stay until their retention ends."""
-        self._cache = None
-
     def as_tuple(self) -> Any:
         """As Celery's, for a chain of any length."""
         steps: list[Any] = [self]
@@ -255,9 +251,6 @@ class GroupHandle(GroupResult):
         """Withdraw all that waits of the group, and what waits for it; with `terminate` also signal what runs."""
         if self.results and not self._is_eager:
             _revoke(self.app, [self.number], terminate, signal)
-
-    def forget(self) -> None:
-        """Nothing: rows stay until their retention ends."""
 
     def save(self, backend: Any = None) -> None:
         """Nothing: the table has it."""

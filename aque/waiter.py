@@ -46,6 +46,13 @@ class _Wait(Generic[T]):
     def window(self) -> list[int]:
         return list(islice(self.left, WINDOW))
 
+    def turn(self, window: list[int]) -> None:
+        """What has not ended of this window goes behind all others: each has its turn."""
+        if len(self.left) > WINDOW:
+            for task_id in window:
+                if task_id in self.left:
+                    self.left[task_id] = self.left.pop(task_id)
+
     def take(self, found: Mapping[int, T]) -> None:
         for task_id in found.keys() & self.left.keys():
             self.done[task_id] = found[task_id]
@@ -179,6 +186,7 @@ class Waiter(Generic[T]):
                 with self._lock:
                     for wait in asked:
                         wait.take(found)
+                        wait.turn(windows[wait])
                         if wait.done:
                             wait.wake.notify()
                 # All of a window ended: so may have many of the next.

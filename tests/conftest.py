@@ -11,12 +11,22 @@ from typing import TypeVar
 
 import hypothesis
 import pytest
+from celery import _state as celery_state
 
 from aque import residency, settings
 from aque.store import schema
 from aque.store.engine import open_engine
 from tests import filesystems
 from tests.servers import MissingBinary, PostgreSQL, RabbitMQ, Redis, Server
+
+
+@pytest.fixture(autouse=True)
+def _same_celery_app() -> Iterator[None]:
+    """An app that a test sets up becomes the current one: for that test alone."""
+    default, current = celery_state.default_app, celery_state._tls.current_app
+    yield
+    celery_state.default_app, celery_state._tls.current_app = default, current
+
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 

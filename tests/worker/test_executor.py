@@ -310,8 +310,7 @@ def test_an_interpreter_ends_while_its_tasks_go_on(farm: Farm, tmp_path: Path) -
 def test_every_future_has_its_turn_however_many_wait_before_it(
     farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aque.futures.WINDOW", 2)
-    monkeypatch.setattr("aque.futures.WINDOWS", 2)
+    monkeypatch.setattr("aque.waiter.WINDOW", 2)
     gate = tmp_path / "gate"
     with aque.Executor() as executor:
         held = executor.submit(functions.start_and_wait, str(tmp_path / "it"), str(gate))
