@@ -182,10 +182,13 @@ class Attempt:
         if not self.can_be_killed:
             self._say_that_it_goes_on()
             return
+        pid = None if self._command is not None else self.request.worker_pid
+        if self.killed is not None and pid and not contain.is_child(pid):
+            return  # the signal before this one has ended it, and the pool is about to notice
         self.killed = number
         if self._command is not None:
             self._command.kill(number, grace_seconds)
-        elif pid := self.request.worker_pid:
+        elif pid:
             self._kill_child(pid, number)
 
     def _kill_child(self, pid: int, number: int) -> None:
