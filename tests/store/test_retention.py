@@ -105,6 +105,40 @@ def test_what_an_open_task_depends_on_stays_with_its_output_and_result_until_tha
     assert states(store) == {}
 
 
+def chord(store: Store) -> tuple[list[int], int]:
+    """Members that have ended with results and output, in a group that is in another; and the body, which has not."""
+    members = ended(store, 2)
+    inner, outer, body = ids(store, 3)
+    group = TaskSpec(id=0, name="group", requirement=GROUP, submitter="someone")
+    specs = [after(inner, *members, spec=replace(group, inputs=tuple(members))), after(outer, inner, spec=group)]
+    submit(store, [*specs, after(body, outer)])
+    assert {states(store)[i] for i in (inner, outer)} == {"success"}
+    return members, body
+
+
+def test_what_an_open_task_needs_through_groups_keeps_its_output_and_result(store: Store) -> None:
+    members, body = chord(store)
+    make_older(store, 1000)
+    assert not store.retention.clean(Ages(output_seconds=1, value_seconds=1, output_quota_bytes=1))
+    store.retention.forget(members)
+    assert (count(store, result), count(store, output)) == (2, 2)
+    run(store, worker(store), body)
+    make_older(store, 1000)
+    removed = store.retention.clean(Ages(output_seconds=1, value_seconds=1))
+    assert (removed.outputs, removed.values) == (2, 2)
+
+
+def test_what_an_open_task_needs_through_groups_of_other_jobs_stays(store: Store) -> None:
+    members, body = chord(store)
+    make_older(store, 1000)
+    assert not store.retention.clean(TASKS)
+    run(store, worker(store), body)
+    make_older(store, 1000)
+    assert store.retention.clean(TASKS).tasks == 5
+    assert states(store) == {}
+    assert members
+
+
 def test_a_task_that_depended_on_a_younger_one_leaves_it_with_the_right_number_of_dependents(store: Store) -> None:
     upstream, old = ids(store, 2)
     submit(store, [replace(SPEC, id=upstream), after(old, upstream)])

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from aque.states import COMPLETE_STATES
-from aque.store.engine import one_of
+from aque.store.engine import closure, one_of
 from aque.store.statements.common import Statement, in_states
 from aque.store.tables import (
     attempt,
@@ -63,12 +63,21 @@ def _is_over(of: Any = task) -> sa.ColumnElement[bool]:
     )
 
 
-def _is_needed(of: Any = task) -> sa.ColumnElement[bool]:
-    """Something that has not ended depends on it."""
-    downstream = task.alias("downstream")
-    out = edge.alias("out")
-    needing: Any = sa.select(sa.literal_column("1")).where(
-        out.c.upstream == of.c.id, downstream.c.id == out.c.downstream, _is_open(downstream)
+def _is_needed(dialect: str, of: Any = task) -> sa.ColumnElement[bool]:
+    """Something that has not ended depends on it, or on a group that it is in, or on one that this is in: who reads the value
+    of a group reads those of its members."""
+    node, downstream = task.alias("node"), task.alias("downstream")
+    is_ended_group = (
+        sa.exists()
+        .where(node.c.id == edge.c.upstream, node.c.requirement_id.is_(None), node.c.state.in_(_COMPLETE))
+        .correlate(edge)
+    )
+    first = sa.select(edge.c.downstream.label("id")).where(edge.c.upstream == of.c.id).correlate(of)
+    found = closure(dialect, first, [(edge.c.upstream, edge.c.downstream, is_ended_group)], per_row=True)
+    needing: Any = (
+        sa.select(sa.literal_column("1"))
+        .select_from(found.join(downstream, downstream.c.id == found.c.id))
+        .where(_is_open(downstream))
     )
     return _exists(needing, of)
 
@@ -88,8 +97,8 @@ def _exists(found: Any, of: Any) -> sa.ColumnElement[bool]:
     return found.correlate(of).offset(sa.literal_column("0")).exists()  # type: ignore[no-any-return]
 
 
-def _may_go(of: Any = task) -> sa.ColumnElement[bool]:
-    return sa.and_(_is_over(of), sa.not_(_is_needed(of)), sa.not_(_has_open_parent(of)))
+def _may_go(dialect: str, of: Any = task) -> sa.ColumnElement[bool]:
+    return sa.and_(_is_over(of), sa.not_(_is_needed(dialect, of)), sa.not_(_has_open_parent(of)))
 
 
 def _between(column: Any) -> sa.ColumnElement[bool]:
@@ -114,9 +123,9 @@ def window() -> Statement:
 def jobs_that_stay(dialect: str) -> Statement:
     """Those of these jobs (`ids`) that did not end before `before` with all their members, or that something needs."""
     member = task.alias("member")
-    heads = sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"), sa.not_(_may_go()))
+    heads = sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"), sa.not_(_may_go(dialect)))
     members = sa.select(member.c.job_id).where(
-        one_of(dialect, member.c.job_id, "ids"), member.c.job_id != member.c.id, sa.not_(_may_go(member))
+        one_of(dialect, member.c.job_id, "ids"), member.c.job_id != member.c.id, sa.not_(_may_go(dialect, member))
     )
     return heads.union(members)
 
@@ -147,7 +156,7 @@ def may_go(dialect: str) -> Statement:
     """Those of these tasks (`ids`), which are locked, that may go: a dependent or a member that came meanwhile keeps one."""
     member = task.alias("member")
     has_members = sa.exists().where(member.c.job_id == task.c.id, member.c.job_id != member.c.id).correlate(task)
-    return sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"), _may_go(), sa.not_(has_members))
+    return sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"), _may_go(dialect), sa.not_(has_members))
 
 
 @cache
@@ -205,7 +214,7 @@ def tasks_with_value() -> Statement:
 @cache
 def over_and_not_needed(dialect: str) -> Statement:
     """Those of these tasks (`ids`), which are locked, that ended before `before` and that nothing needs any more."""
-    return sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"), _is_over(), sa.not_(_is_needed()))
+    return sa.select(task.c.id).where(one_of(dialect, task.c.id, "ids"), _is_over(), sa.not_(_is_needed(dialect)))
 
 
 @cache
