@@ -136,4 +136,5 @@ class Heartbeat:
                 "worker %s (pid %s on %s) is gone: its tasks are free", row.info.name, row.info.pid, row.info.host
             )
             with self._store.connect() as connection:
-                doorbell.ring(connection, {doorbell.READY, doorbell.DONE})
+                killed = {doorbell.KILL} if released.signalled else set()
+                doorbell.ring(connection, {doorbell.READY, doorbell.DONE} | killed)

@@ -733,8 +733,7 @@ class Store:
             written += new
             ended |= {row.id: State(row.state) for row in new if row.state in COMPLETE_STATES}
             repeated += [row.id for row in new if row.state not in COMPLETE_STATES]
-        abandoned = [row.id for row in written if row.children == Children.CANCEL and row.children_left]
-        withdrawn, signalled = self._end_children(connection, [i for i in abandoned if i in ended])
+        withdrawn, signalled = self._end_children(connection, written)
         released = self.release(connection, [*written, *withdrawn])
         return Finished(
             ready=released.ready,
@@ -779,11 +778,17 @@ class Store:
         parameters = {"which": outcome.id, "to_state": str(start.state), "new_unmet": start.unmet}
         return connection.execute(sql.enter(), parameters).all()
 
-    def _end_children(self, connection: sa.Connection, parents: Sequence[int]) -> tuple[Sequence[Any], Sequence[int]]:
-        """Kill the open children of these tasks, and theirs: the rows that ended at once, and those that workers will end."""
+    def _end_children(self, connection: sa.Connection, moved: Iterable[Any]) -> tuple[Sequence[Any], Sequence[int]]:
+        """Kill the open children of those of these tasks (rows of `sql.MOVED`) that have ended and want it so, and theirs: the
+        rows that ended at once, and those that workers will end."""
+        parents = [
+            row.id
+            for row in moved
+            if row.state in COMPLETE_STATES and row.children == Children.CANCEL and row.children_left
+        ]
         if not parents:
             return [], []
-        ids = connection.execute(sql.descendants(self.dialect), {"ids": list(parents)}).scalars().all()
+        ids = connection.execute(sql.descendants(self.dialect), {"ids": parents}).scalars().all()
         return self._end(connection, ids, {"wanted_signal": int(signals.SIGTERM), "wanted_grace": None})
 
     def _end(
@@ -1147,8 +1152,10 @@ class Store:
         if ran := [item.id for item in held if item.state == State.RUNNING and item.id in again]:
             self._keep_attempts(connection, ran, "lost", Reason.WORKER_LOST)
         moved = connection.execute(sql.lose(self.dialect), {"rows": json.dumps(rows)}).all()
-        released = self.release(connection, moved)
+        withdrawn, signalled = self._end_children(connection, moved)
+        released = self.release(connection, [*moved, *withdrawn])
         released.freed = self._free_tokens(connection, moved)
+        released.signalled = bool(signalled)
         return released
 
     # -- questions ----------------------------------------------------------------------------------------------------
