@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from signal import SIGTERM
 
 import pytest
 
@@ -9,9 +10,9 @@ from aque import doorbell
 from aque.reaper import Heartbeat
 from aque.states import State
 from aque.store import Store
-from aque.values import Children, ClaimedTask
+from aque.values import Children, ClaimedTask, Replacement
 from tests.servers import wait_until
-from tests.store.farm import SPEC, claim, finish, ids, outcome, ready, reap, states, submit, worker
+from tests.store.farm import SPEC, claim, finish, ids, outcome, ready, reap, run, states, submit, worker
 
 
 def family(
@@ -76,3 +77,46 @@ def test_who_reaps_wakes_the_workers_that_have_children_to_kill(store: Store) ->
         beat.stop()
         bell.close()
     finish(store, outcome(running, State.KILLED))
+
+
+# -- wait -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_fails_while_its_parent_runs_fails_it_when_it_succeeds(store: Store) -> None:
+    by = worker(store)
+    parent, (child,) = family(store, 1, by)
+    run(store, by, child, state=State.ERROR)
+    with store.connect() as connection:
+        assert not store.finish_alone(connection, outcome(parent)), "it is no lone success"
+    assert finish(store, outcome(parent)).ended == {parent.id: State.ERROR}
+    assert reason(store, parent.id) == "child"
+
+
+def test_children_that_failed_under_an_earlier_attempt_do_not_count_for_the_next(store: Store) -> None:
+    by = worker(store)
+    parent, (child,) = family(store, 1, by, max_attempts=2)
+    run(store, by, child, state=State.ERROR)
+    finish(store, outcome(parent, State.ERROR))
+    assert ready(store) == [parent.id]
+    assert run(store, by, parent.id).ended == {parent.id: State.SUCCESS}
+
+
+def test_children_of_an_earlier_attempt_that_are_open_count_for_the_next(store: Store) -> None:
+    by = worker(store)
+    parent, (child,) = family(store, 1, by, max_attempts=2)
+    finish(store, outcome(parent, State.ERROR))
+    assert run(store, by, parent.id).waiting == [parent.id]
+    assert run(store, by, child, state=State.ERROR).closed == {parent.id: State.ERROR}
+
+
+# -- a place that is given up ---------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_is_killed_before_another_takes_its_place_says_why(store: Store) -> None:
+    by = worker(store)
+    running, _ = family(store, 0, by)
+    with store.begin() as connection:
+        store.kill(connection, [running.id], SIGTERM)
+    place = Replacement("other", "m:f", b"[[],{}]", (), ())
+    finish(store, replace(outcome(running, State.PENDING), replacement=place))
+    assert (states(store)[running.id], reason(store, running.id)) == ("killed", "request")

@@ -108,6 +108,7 @@ def _claim(dialect: str, with_tokens: bool) -> Any:
             signal=None,
             truncated=False,
             progress=None,
+            children_failed=0,  # those that failed were of an earlier attempt
             expires_at=None,  # it was started in time
             **values,
             **dict.fromkeys(USAGE_COLUMNS),

@@ -92,10 +92,14 @@ def _with_result(finishing: Any) -> Statement:
 @cache
 def finish_alone(with_result: bool) -> Statement:
     """PostgreSQL: `finish_one`, or with its result, for a success that nothing waits for, that holds no tokens and has
-    neither parent nor children: nothing else has to be in its transaction. No row: its claim does not stand, or it is not
-    such a one (any more)."""
+    neither a parent nor children that are open or have failed: nothing else has to be in its transaction. No row: its claim
+    does not stand, or it is not such a one (any more)."""
     alone = finish_one().where(
-        task.c.dependents == 0, task.c.tokens == 0, task.c.parent_id.is_(None), task.c.children_left == 0
+        task.c.dependents == 0,
+        task.c.tokens == 0,
+        task.c.parent_id.is_(None),
+        task.c.children_left == 0,
+        task.c.children_failed == 0,
     )
     return _with_result(alone) if with_result else alone
 
@@ -173,6 +177,7 @@ def leave() -> Statement:
         .where(task.c.id == sa.bindparam("which"), task.c.token == sa.bindparam("with_token"), in_states(ON_WORKER))
         .values(
             state=sa.case((is_not_being_ended(), State.PENDING.value), else_=State.KILLED.value),
+            reason=sa.case((is_not_being_ended(), sa.null()), else_=Reason.REQUEST.value),
             name=sa.bindparam("new_name", type_=sa.Text),
             requirement_id=sa.func.coalesce(sa.bindparam("new_class", type_=sa.BigInteger), task.c.requirement_id),
             token=None,
