@@ -56,7 +56,8 @@ def _send_elsewhere(store: Store, connection: Any, refused: Sequence[Outcome]) -
     given_back: list[int] = []
     for reason, outcomes in going.items():
         # What was claimed ahead is not in the table as started yet: the number of its attempt must not be used again.
-        store.start(connection, [(o.id, o.token, (o.ended or time.monotonic()) - o.ran_seconds) for o in outcomes])
+        tried = [(o.id, o.token, (o.ended or time.monotonic()) - o.ran_seconds) for o in outcomes]
+        store.start(connection, tried, ran=False)
         given_back += store.give_back(connection, [(o.id, o.token) for o in outcomes], reason)
     for task_id in given_back:
         store.refusals.add(connection, task_id, store.host, failures[task_id])

@@ -577,7 +577,8 @@ class Scheduler:
         if seconds == 0:
             with transaction(connection):
                 released = self._store.advance(connection)
-            doorbell.ring(connection, {doorbell.READY, doorbell.DONE} if released.expired else {doorbell.READY})
+            ended = {doorbell.DONE} if released.expired or released.groups else set()
+            doorbell.ring(connection, {doorbell.READY} | ended)
             self._look_ready = True
             self._on_written([], released)
             seconds = self._store.next_time(connection)

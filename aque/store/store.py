@@ -641,11 +641,12 @@ class Store:
         result = {"exit_code": row.exit_code, "stdout": shown, "truncated": len(stdout) > STDOUT_LIMIT}
         return json.dumps(result).encode()
 
-    def start(self, connection: sa.Connection, started: Iterable[tuple[int, int, float]]) -> None:
-        """Buffered tasks that run now, as (id, token, when on the monotonic clock)."""
+    def start(self, connection: sa.Connection, started: Iterable[tuple[int, int, float]], ran: bool = True) -> None:
+        """Buffered tasks that run now, as (id, token, when on the monotonic clock). Without `ran` their worker has only tried:
+        they still expire."""
         rows = [{"id": i, "token": token, "started_at": self._wall(connection, when)} for i, token, when in started]
         if rows:
-            connection.execute(sql.start(self.dialect), {"rows": json.dumps(rows)})
+            connection.execute(sql.start(self.dialect), {"rows": json.dumps(rows), "ran": ran})
 
     def give_back(
         self, connection: sa.Connection, claims: Iterable[tuple[int, int]], reason: Reason | None = None
@@ -809,8 +810,11 @@ class Store:
         """Release what has waited for its time, and cancel what was not started in time, inside the caller's transaction."""
         rows = connection.execute(sql.due(self.dialect)).all()
         expired = connection.execute(sql.expire(self.dialect)).all()
-        released = self.release(connection, expired)
+        groups = [row.id for row in rows if row.state == State.PENDING and row.unmet == 0]
+        ended_groups = connection.execute(sql.end_groups(self.dialect), {"ids": groups}).all() if groups else []
+        released = self.release(connection, [*expired, *ended_groups])
         released.expired = [row.id for row in expired]
+        released.groups |= {row.id: State(row.state) for row in ended_groups}
         released.ready += [ready_task(row) for row in rows if row.state == State.READY]
         return released
 

@@ -88,6 +88,7 @@ def _claim(dialect: str, with_tokens: bool) -> Any:
         .with_for_update(skip_locked=True, of=task)
         .cte("picked")
     )
+    to_state = sa.bindparam("to_state", type_=sa.Text)
     values: dict[str, Any] = {}
     if with_tokens:
         held = row_set(dialect, "held", id=sa.BigInteger(), n=sa.Integer())
@@ -97,7 +98,7 @@ def _claim(dialect: str, with_tokens: bool) -> Any:
         sa.update(task)
         .where(task.c.id == picked.c.id, is_state(State.READY))
         .values(
-            state=sa.bindparam("to_state"),
+            state=to_state,
             worker_id=sa.bindparam("to_worker"),
             token=sa.bindparam("new_token"),
             attempt=task.c.attempt + 1,
@@ -109,7 +110,9 @@ def _claim(dialect: str, with_tokens: bool) -> Any:
             truncated=False,
             progress=None,
             children_failed=0,  # those that failed were of an earlier attempt
-            expires_at=None,  # it was started in time
+            expires_at=sa.case(
+                (to_state == State.RUNNING.value, sa.null()), else_=task.c.expires_at
+            ),  # started in time
             **values,
             **dict.fromkeys(USAGE_COLUMNS),
         )
@@ -183,12 +186,17 @@ def _with_payload(moved: sa.CTE) -> sa.Select[Any]:
 
 @cache
 def start(dialect: str) -> Statement:
-    """Buffered tasks (`rows`: id, token, started_at) that have started: claimed -> running."""
+    """Buffered tasks (`rows`: id, token, started_at) that have started: claimed -> running. They do not expire any more if
+    they `ran`: who could not start them counts an attempt that way, too."""
     rows = row_set(dialect, "rows", id=sa.BigInteger(), token=sa.BigInteger(), started_at=sa.Double())
     return (
         sa.update(task)
         .where(task.c.id == rows.c.id, task.c.token == rows.c.token, is_state(State.CLAIMED))
-        .values(state=State.RUNNING, started_at=rows.c.started_at)
+        .values(
+            state=State.RUNNING,
+            started_at=rows.c.started_at,
+            expires_at=sa.case((sa.bindparam("ran", type_=sa.Boolean), sa.null()), else_=task.c.expires_at),
+        )
     )
 
 

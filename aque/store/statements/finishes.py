@@ -141,6 +141,7 @@ def _finish(row: Any) -> Any:
             ),
             unmet=sa.case((postponed, 1), else_=task.c.unmet),
             not_before=sa.case((postponed, sa.cast(row.not_before, sa.Double)), else_=sa.null()),
+            expires_at=None,  # it was started in time, whether or not that has been written
             # Withdrawn by its worker before it started; not if the task itself said that nothing is to come of it.
             attempt=task.c.attempt
             - sa.case((sa.and_(row.state == State.CANCELLED, row.reason == Reason.REQUEST), 1), else_=0),
@@ -184,6 +185,7 @@ def leave() -> Statement:
             kill_signal=None,
             kill_grace=None,
             blocked=False,
+            expires_at=None,
             finished_at=sa.case((is_not_being_ended(), sa.null()), else_=wall_clock()),
         )
         .returning(*MOVED)
@@ -367,6 +369,7 @@ def end_groups(dialect: str) -> Statement:
         .values(
             state=sa.case((failed, State.ERROR.value), else_=State.SUCCESS.value),
             reason=sa.case((failed, Reason.DEPENDENCY.value), else_=sa.null()),
+            expires_at=None,
             finished_at=wall_clock(),
         )
         .returning(*MOVED)

@@ -140,6 +140,7 @@ def lose(dialect: str) -> Statement:
             kill_signal=None,
             kill_grace=None,
             reason=rows.c.reason,
+            expires_at=sa.case((rows.c.state == State.READY, task.c.expires_at), else_=sa.null()),
             finished_at=sa.case((rows.c.state == State.READY, sa.null()), else_=wall_clock()),
         )
         .returning(*MOVED)
