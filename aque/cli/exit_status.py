@@ -25,11 +25,16 @@ _BY_REASON = {
 }
 _NOT_STARTED = _BY_REASON.keys() - {Reason.TIME_LIMIT}
 
+#: It ran, and said itself that nothing is to come of it: what it raised.
+_WITHDRAWN = {Reason.IGNORED: "Ignore", Reason.REJECTED: "Reject"}
+
 
 def exit_status(end: StoredResult) -> int:
     """The exit status that stands for the end of this task."""
     if end.state is State.SUCCESS:
         return 0
+    if end.state is State.CANCELLED and end.reason in _WITHDRAWN:
+        return 1
     if end.state in (State.CANCELLED, State.SKIPPED):
         return NEVER_RAN
     if end.reason in _BY_REASON:
@@ -69,7 +74,11 @@ def sentence(end: StoredResult) -> str | None:
     said = ""
     if end.state is State.SUCCESS or (end.reason is Reason.EXIT and end.error is None):
         return None
-    if end.state is State.CANCELLED:
+    if end.state is State.CANCELLED and end.reason in _WITHDRAWN:
+        said = f"was withdrawn by itself: it raised {_WITHDRAWN[end.reason]}"
+    elif end.state is State.CANCELLED and end.reason is Reason.EXPIRED:
+        said = "was cancelled: it was not started in time"
+    elif end.state is State.CANCELLED:
         said = "was cancelled before it ran"
     elif end.state is State.SKIPPED:
         said = "was skipped: what it depends on did not end as it needs"

@@ -30,6 +30,9 @@ FAILED = end(State.ERROR, Reason.EXIT, 3)
         (end(State.ERROR, Reason.WORKER_LOST), 1),
         (end(State.SKIPPED, Reason.DEPENDENCY), 125),
         (end(State.CANCELLED, Reason.REQUEST), 125),
+        (end(State.CANCELLED, Reason.EXPIRED), 125),
+        (end(State.CANCELLED, Reason.IGNORED), 1),
+        (end(State.CANCELLED, Reason.REJECTED), 1),
         (end(State.ERROR, Reason.CANNOT_EXECUTE), 126),
         (end(State.ERROR, Reason.CANNOT_ENTER_CWD), 126),
         (end(State.ERROR, Reason.CANNOT_OPEN), 126),
@@ -70,6 +73,19 @@ def test_an_error_is_told_by_its_last_line():
     assert error_text(stored) == "ValueError: bad"
     assert error_text(b'{"type": "builtins.KeyError", "message": "k", "traceback": ""}') == "KeyError: k"
     assert sentence(end(State.ERROR, Reason.EXCEPTION, error=stored)) == "task 7 failed: ValueError: bad"
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (Reason.REQUEST, "was cancelled before it ran"),
+        (Reason.EXPIRED, "was cancelled: it was not started in time"),
+        (Reason.IGNORED, "was withdrawn by itself: it raised Ignore"),
+        (Reason.REJECTED, "was withdrawn by itself: it raised Reject"),
+    ],
+)
+def test_what_was_cancelled_says_whether_it_ran(reason, said):
+    assert sentence(end(State.CANCELLED, reason)) == f"task 7 {said}."
 
 
 @pytest.mark.parametrize("stored", [None, b"", b"no json", b"[]", b'"text"', b"\xff"])
