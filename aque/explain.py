@@ -45,6 +45,7 @@ class Subject:
     started_at: float | None
     finished_at: float | None
     worker: str | None  #: of the latest attempt, by name
+    not_before: float | None = None  #: counts as one of `unmet`; None: no time to wait for (any more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +371,7 @@ class Situation:
     def why(self, subject: Subject) -> str | None:
         """In a few words, as `aque status` has it, why it does not run; None if there is nothing to say."""
         if subject.state is State.PENDING:
-            return f"waits for {_count(subject.unmet, 'task')}" if subject.unmet else None
+            return waits_for(subject.unmet, subject.not_before, self.now)
         if subject.state is State.HELD:
             return "held"
         if subject.state is not State.READY:
@@ -404,10 +405,11 @@ class Situation:
             return Explanation(subject, [self._active(subject)])
         if state is State.HELD:
             held = [Reason("held", "held: a person keeps it from starting")]
-            return Explanation(subject, [*held, *self._dependencies(links)])
+            return Explanation(subject, [*held, *self._dependencies(links), *self._time(subject)])
         if state is not State.READY:
-            reasons = self._dependencies(links) or [Reason("creating", "what it belongs to is not complete yet")]
-            return Explanation(subject, reasons)
+            reasons = [*self._dependencies(links), *self._time(subject)]
+            creating = Reason("creating", "what it belongs to is not complete yet")
+            return Explanation(subject, reasons or [creating])
         if nowhere := self.nowhere(subject):
             return Explanation(subject, [nowhere], [self.view(subject, worker) for worker in self.workers])
         found = [
@@ -455,6 +457,14 @@ class Situation:
             "slowest_seconds": None if slowest is None else known[slowest],
         }
         return [Reason("dependencies", text, facts)]
+
+    def _time(self, subject: Subject) -> list[Reason]:
+        """The time that it waits for."""
+        when = subject.not_before
+        if when is None:
+            return []
+        left = f" (in {lasting(when - self.now)})" if when > self.now else ""
+        return [Reason("time", f"waits for its time, {moment(when, self.now)}{left}", {"not_before": when})]
 
     def _remaining(self, task: Subject | Link) -> float | None:
         """The seconds that it is expected to run yet; None: nobody knows."""
@@ -539,6 +549,20 @@ def _outcome(task: Subject | Link) -> str:
 def clock(when: float) -> str:
     """A moment of the last hours or the next, as 10:42:10 UTC."""
     return f"{datetime.fromtimestamp(when, UTC):%H:%M:%S} UTC"
+
+
+def moment(when: float, now: float) -> str:
+    """The same; of another day than the next with its date, as 2026-11-24 10:42:10 UTC."""
+    return f"{datetime.fromtimestamp(when, UTC):%Y-%m-%d} {clock(when)}" if when > now + 86400 else clock(when)
+
+
+def waits_for(unmet: int, not_before: float | None, now: float) -> str | None:
+    """In a few words what a pending task waits for, which has so many dependencies left, its time among them; None: nothing."""
+    tasks = unmet - (not_before is not None)
+    waits = [_count(tasks, "task")] if tasks > 0 else []
+    if not_before is not None:
+        waits.append(f"its time, {moment(not_before, now)}")
+    return f"waits for {' and '.join(waits)}" if waits else None
 
 
 def lasting(seconds: float) -> str:

@@ -13,7 +13,7 @@ from aque.cli.show import as_json, columns, escape
 from aque.explain import Explanation
 
 #: Facts that are moments, in seconds since 1970.
-_MOMENTS = frozenset({"started_at", "finished_at", "expected_at"})
+_MOMENTS = frozenset({"started_at", "finished_at", "expected_at", "not_before"})
 
 
 @click.command(name="explain")

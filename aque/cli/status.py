@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from aque import observer
+from aque import explain, observer
 from aque.cli import ids
 from aque.cli.farm import Farm, open_farm
 from aque.cli.show import as_json, columns, count, escape, span, timestamp
@@ -24,11 +24,11 @@ from aque.states import COMPLETE_STATES, READY_STATES, UNREADY_STATES, State
 FIELDS = (
     "id", "name", "state", "reason", "attempt", "worker", "exit_code", "signal", "priority", "cpus", "memory",
     "depends_on", "parent_id", "job_id", "submitter", "submitted_at", "started_at", "finished_at", "duration", "io_bytes",
-    "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes",
+    "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes", "not_before", "expires_at",
 )  # fmt: skip
 #: What `why` is made of.
 _NOT_STARTED = READY_STATES | UNREADY_STATES
-_FOR_WHY = ("id", "state", "unmet")
+_FOR_WHY = ("id", "state", "unmet", "not_before")
 #: What can be asked for besides.
 _MORE = (
     "queue", "pattern", "host", "platform", "user", "interpreter", "resources", "limits", "tags", "requires_paths", "unmet",
@@ -111,8 +111,9 @@ def command(
 def _why(row: dict[str, Any]) -> str | None:
     """Why a task that is not ready does not run, for people; None if there is nothing to say."""
     state = State(row["state"])
-    if state is State.PENDING and row["unmet"]:
-        return f"waits for {count(row['unmet'], 'task')}"
+    if state is State.PENDING:
+        when = row["not_before"]
+        return explain.waits_for(row["unmet"], None if when is None else when.timestamp(), time.time())
     return "held" if state is State.HELD else None
 
 

@@ -76,4 +76,5 @@ def _subject(row: Any) -> Subject:
         row.started_at,
         row.finished_at,
         row.worker,
+        row.not_before,
     )

@@ -1190,7 +1190,7 @@ class Store:
                 upstream.setdefault(edge_row.downstream, []).append(edge_row.upstream)
         for row in rows:
             found = dict(row._mapping)
-            for name in ("submitted_at", "started_at", "finished_at"):
+            for name in ("submitted_at", "not_before", "expires_at", "started_at", "finished_at"):
                 if found.get(name) is not None:
                     found[name] = datetime.fromtimestamp(found[name], UTC)
             for name in ("requires_paths", "places"):

@@ -52,11 +52,27 @@ def test_status_json_has_the_fields_of_the_contract_in_their_order(aque):
     assert row["why"] == "waits for 1 task"
 
 
+def test_a_task_that_waits_for_its_time_says_so_and_when_that_is(aque):
+    task = aque.submit("--", "true")
+    with sqlite3.connect(Path(aque.environment["AQUE_STATE_DIR"]) / "aque.db") as database:
+        database.create_function("aque_wall_clock", 0, float)
+        # The first two seconds of the year 2100.
+        database.execute(
+            "UPDATE aque_task SET state = 'pending', unmet = 1, not_before = 4102444800, expires_at = 4102444801"
+        )
+    database.close()
+    (row,) = rows(aque)
+    assert (row["not_before"], row["expires_at"]) == ("2100-01-01T00:00:00.000000Z", "2100-01-01T00:00:01.000000Z")
+    assert row["why"] == "waits for its time, 2100-01-01 00:00:00 UTC"
+    assert "waits for its time, 2100-01-01 00:00:00 UTC (in " in aque("explain", str(task)).out
+    assert json.loads(aque("explain", "--json", str(task)).out)["reasons"][0]["not_before"] == row["not_before"]
+
+
 def test_status_json_has_what_attempts_have_used_after_the_fields_of_the_contract(aque):
     aque.submit("--", "true")
     (row,) = rows(aque)
     assert list(row)[18:] == [
-        "duration", "io_bytes", "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes", "why",
+        "duration", "io_bytes", "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes", "not_before", "expires_at", "why",
     ]  # fmt: skip
     assert [row[name] for name in ("cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes")] == [None] * 4
 

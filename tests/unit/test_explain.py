@@ -165,6 +165,17 @@ def test_dependencies_left_are_counted_with_the_slowest_and_with_what_has_failed
     assert at.why(task) == "waits for 3 tasks"
 
 
+def test_a_task_that_waits_for_its_time_says_so() -> None:
+    task = replace(TASK, state=State.PENDING, unmet=1, not_before=NOW + 60)
+    at = Situation(NOW)
+    assert at.why(task) == "waits for its time, 13:47:40 UTC"
+    assert texts(at.explain(task)) == ["waits for its time, 13:47:40 UTC (in 60 s)"]
+    assert at.why(replace(task, not_before=NOW + 3 * 86400)) == "waits for its time, 1970-01-15 13:46:40 UTC"
+    assert at.why(replace(task, unmet=3)) == "waits for 2 tasks and its time, 13:47:40 UTC"
+    explained = at.explain(replace(task, unmet=2), [link(1, 2, State.READY)])
+    assert texts(explained) == ["waits for 1 of 1 task: 2", "waits for its time, 13:47:40 UTC (in 60 s)"]
+
+
 def test_a_held_task_says_that_a_person_holds_it() -> None:
     task = replace(TASK, state=State.HELD)
     assert texts(Situation(NOW).explain(task)) == ["held: a person keeps it from starting"]

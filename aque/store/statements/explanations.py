@@ -30,6 +30,7 @@ _SUBJECT = (
     task.c.started_at,
     task.c.finished_at,
     worker.c.name.label("worker"),
+    task.c.not_before,
 )
 
 

@@ -48,6 +48,8 @@ FIELDS: dict[str, sa.ColumnElement[Any]] = {
     "submitter": task.c.submitter,
     "submitted_at": task.c.submitted_at,
     "ready_at": task.c.ready_at,
+    "not_before": task.c.not_before,
+    "expires_at": task.c.expires_at,
     "started_at": task.c.started_at,
     "finished_at": task.c.finished_at,
     "io_bytes": task.c.io_bytes,
