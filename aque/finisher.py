@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from aque.chooser import Place, why_never
@@ -73,11 +73,14 @@ def _record(store: Store, connection: Any, outcomes: Sequence[Outcome], max_lost
         if written is None:
             bare = Outcome(outcome.id, outcome.attempt, outcome.token, State.ERROR, Reason.NOT_STORABLE)
             written = store.finish(connection, [replace(bare, ran_seconds=outcome.ran_seconds, ended=outcome.ended)])
-        whole.ready += written.ready
-        whole.skipped += written.skipped
-        whole.groups |= written.groups
-        whole.freed = whole.freed or written.freed
-        whole.ended |= written.ended
-        whole.repeated += written.repeated
-        whole.refused += written.refused
+        whole = _both(whole, written)
     return whole
+
+
+def _both(one: Finished, other: Finished) -> Finished:
+    """What became of two batches, in all their fields."""
+    merged = Finished()
+    for name in (field.name for field in fields(Finished)):
+        first, second = getattr(one, name), getattr(other, name)
+        setattr(merged, name, first + second if isinstance(first, list) else first | second)
+    return merged

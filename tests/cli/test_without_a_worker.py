@@ -72,7 +72,8 @@ def test_status_json_has_what_attempts_have_used_after_the_fields_of_the_contrac
     aque.submit("--", "true")
     (row,) = rows(aque)
     assert list(row)[18:] == [
-        "duration", "io_bytes", "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes", "not_before", "expires_at", "why",
+        "duration", "io_bytes", "cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes", "not_before",
+        "expires_at", "why",
     ]  # fmt: skip
     assert [row[name] for name in ("cpu_seconds", "max_rss_bytes", "read_bytes", "written_bytes")] == [None] * 4
 

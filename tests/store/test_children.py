@@ -6,7 +6,7 @@ from signal import SIGTERM
 
 import pytest
 
-from aque import doorbell
+from aque import doorbell, finisher
 from aque.reaper import Heartbeat
 from aque.states import State
 from aque.store import Store
@@ -120,3 +120,25 @@ def test_a_task_that_is_killed_before_another_takes_its_place_says_why(store: St
     place = Replacement("other", "m:f", b"[[],{}]", (), ())
     finish(store, replace(outcome(running, State.PENDING), replacement=place))
     assert (states(store)[running.id], reason(store, running.id)) == ("killed", "request")
+
+
+# -- one by one -----------------------------------------------------------------------------------------------------------
+
+
+def test_outcomes_that_are_recorded_one_by_one_tell_all_that_they_set_in_motion(store: Store) -> None:
+    by, other = worker(store), worker(store, "celery@there", host="there")
+    ends, (killed,) = family(store, 1, by, Children.CANCEL)
+    (running,) = claim(store, [killed], other)
+    waits, (open_child,) = family(store, 1, by)
+    closes, (last,) = family(store, 1, by)
+    finish(store, outcome(closes))
+    (last_claim,) = claim(store, [last], by)
+    with store.begin() as connection:
+        outcomes = [outcome(ends), outcome(waits), outcome(last_claim)]
+        finished = finisher.finish(store, connection, outcomes, 3, one_by_one=True, is_shared=False)
+    assert finished.signalled
+    assert finished.waiting == [waits.id]
+    assert finished.closed == {closes.id: State.SUCCESS}
+    assert finished.ended == {ends.id: State.SUCCESS, last: State.SUCCESS}
+    finish(store, outcome(running, State.KILLED))
+    run(store, by, open_child)

@@ -9,13 +9,18 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from farm import GROUP, after, claim, finish, ids, outcome, ready, run, states, submit, worker
+import sqlalchemy as sa
+from farm import GROUP, SPEC, after, claim, finish, ids, outcome, ready, run, states, submit, worker
 
 from aque import control
 from aque.errors import BadInput, UnknownTask
 from aque.states import State
 from aque.store import Killed, Store
+from aque.store import statements as sql
+from aque.store.tables import task
 from aque.values import Condition
+from tests.conftest import ON_POSTGRESQL
+from tests.servers import wait_until
 from tests.store.statements import counted
 
 MANY = 10_000
@@ -373,3 +378,44 @@ def test_draining_a_worker_that_is_not_there_changes_nothing(store: Store) -> No
             control.drain(store, ["celery@one", unknown], True)
     with store.connect() as connection:
         assert not store.orders(connection, me).draining
+
+
+# -- locks ----------------------------------------------------------------------------------------------------------------
+
+
+@ON_POSTGRESQL
+@pytest.mark.parametrize("statement", [sql.cancel, sql.request_kill], ids=["cancel", "request"])
+def test_tasks_are_locked_in_order_and_groups_after_what_they_wait_for(store: Store, statement: Any) -> None:
+    group, first, second = ids(store, 3)
+    # In the order of the table, which is that of a statement without one of its own, the last comes first.
+    submit(store, [after(group, first, second, spec=replace(SPEC, requirement=GROUP)), after(second), after(first)])
+    if statement is sql.request_kill:
+        by = worker(store)
+        claim(store, [second], by)
+        claim(store, [first], by)
+    asked = {"ids": [second, group, first], "wanted_signal": int(SIGTERM), "wanted_grace": None}
+    with ThreadPoolExecutor() as pool:
+        with store.begin() as connection:
+            connection.execute(sql.lock_tasks(store.dialect), {"ids": [first]})
+            killing = pool.submit(try_out, store, statement(store.dialect), asked)
+            wait_until(lambda: is_somebody_waiting_for_a_lock(store), 30)
+            free = sa.select(task.c.id).with_for_update(skip_locked=True)
+            with store.begin() as another:
+                left = sorted(another.execute(free).scalars())
+        killing.result()
+    assert left == sorted([group, second])
+
+
+class Undone(Exception):
+    """Takes a transaction back."""
+
+
+def try_out(store: Store, statement: Any, parameters: dict[str, Any]) -> None:
+    with pytest.raises(Undone), store.begin() as connection:
+        connection.execute(statement, parameters)
+        raise Undone
+
+
+def is_somebody_waiting_for_a_lock(store: Store) -> bool:
+    with store.connect() as connection:
+        return bool(connection.exec_driver_sql("SELECT count(*) FROM pg_locks WHERE NOT granted").scalar_one())

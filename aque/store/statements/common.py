@@ -25,7 +25,11 @@ def is_state(state: State) -> sa.ColumnElement[bool]:
 
 
 def locked_in_order(where: sa.ColumnElement[bool]) -> sa.CTE:
-    """The ids of these tasks, locked smallest first, groups last: what a group waits for is always locked before it."""
+    """The ids of these tasks, locked smallest first, groups last: what a group waits for is always locked before it.
+
+    Not within this order: `finishes.count_children` locks parents when their children, whose ids are greater, are locked
+    already. Who locks a parent and then its children may meet that in a deadlock, and then one of the two is run again.
+    """
     ordered = sa.select(task.c.id).where(where).order_by(task.c.requirement_id.is_(None), task.c.id)
     return ordered.with_for_update(of=task).cte("locked")
 

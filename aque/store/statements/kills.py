@@ -12,6 +12,7 @@ from aque.store.statements.common import (
     Statement,
     in_states,
     is_state,
+    locked_in_order,
 )
 from aque.store.statements.finishes import MOVED
 from aque.store.tables import edge, task, worker
@@ -94,9 +95,11 @@ def children(dialect: str) -> Statement:
 @cache
 def cancel(dialect: str) -> Statement:
     """Withdraw the tasks among `ids` that no worker has."""
+    unclaimed = in_states(sources(Event.CANCEL) - {State.CLAIMED})
+    locked = locked_in_order(sa.and_(one_of(dialect, task.c.id, "ids"), unclaimed))
     return (
         sa.update(task)
-        .where(one_of(dialect, task.c.id, "ids"), in_states(sources(Event.CANCEL) - {State.CLAIMED}))
+        .where(task.c.id == locked.c.id)
         .values(
             state=State.CANCELLED, reason=Reason.REQUEST, not_before=None, expires_at=None, finished_at=wall_clock()
         )
@@ -107,9 +110,10 @@ def cancel(dialect: str) -> Statement:
 @cache
 def kill_waiting(dialect: str) -> Statement:
     """End the tasks among `ids` whose own process has ended, and that wait for their children."""
+    locked = locked_in_order(sa.and_(one_of(dialect, task.c.id, "ids"), is_state(State.WAITING)))
     return (
         sa.update(task)
-        .where(one_of(dialect, task.c.id, "ids"), is_state(State.WAITING))
+        .where(task.c.id == locked.c.id)
         .values(state=State.KILLED, reason=Reason.REQUEST, finished_at=wall_clock())
         .returning(*MOVED)
     )
@@ -138,16 +142,15 @@ def request_kill(dialect: str) -> Statement:
     grace = sa.bindparam("wanted_grace", type_=sa.Double)
     ends_already = task.c.kill_signal.in_(sorted(ENDING_SIGNALS))
     keeps_grace = sa.and_(ends_already, sa.or_(grace.is_(None), task.c.kill_grace <= grace))
+    counts = sa.or_(
+        sa.bindparam("wanted_signal").in_(sorted(ENDING_SIGNALS)),
+        task.c.kill_signal.is_(None),
+        task.c.kill_signal.not_in(sorted(ENDING_SIGNALS)),
+    )
+    locked = locked_in_order(sa.and_(one_of(dialect, task.c.id, "ids"), in_states(ON_WORKER), counts))
     return (
         sa.update(task)
-        .where(one_of(dialect, task.c.id, "ids"), in_states(ON_WORKER))
-        .where(
-            sa.or_(
-                sa.bindparam("wanted_signal").in_(sorted(ENDING_SIGNALS)),
-                task.c.kill_signal.is_(None),
-                task.c.kill_signal.not_in(sorted(ENDING_SIGNALS)),
-            )
-        )
+        .where(task.c.id == locked.c.id)
         .values(
             kill_signal=sa.bindparam("wanted_signal"),
             kill_grace=sa.case((keeps_grace, task.c.kill_grace), else_=grace),
