@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -13,8 +14,10 @@ from alembic.script import ScriptDirectory
 
 from aque import settings
 from aque.errors import BadStateDirectory, StoreUnreachable, WrongSchema
+from aque.states import State
 from aque.store import Store, open_store, schema, tables
-from aque.store.engine import check_state_directory, file_system, open_engine, transaction, why_not_personal
+from aque.store.engine import Connection, check_state_directory, file_system, open_engine, transaction, why_not_personal
+from tests.store.farm import claim, finish, outcome, run, worker
 
 
 def test_the_migrations_make_the_tables_of_the_code(store: Store) -> None:
@@ -90,14 +93,25 @@ def test_the_file_system_of_a_path_is_that_of_its_longest_mount_point() -> None:
     assert file_system(Path("/homes"), mountinfo) == "ext4"
 
 
+def upgrade_to(connection: Connection, version: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, version)
+
+
+def add(connection: Connection, table: str, **values: object) -> None:
+    """A row of a table as it is now, with something empty in every other column that needs a value."""
+    found = sa.Table(table, sa.MetaData(), autoload_with=connection)
+    empty = {c.name: c.type.python_type() for c in found.c if not c.nullable}
+    connection.execute(sa.insert(found).values({**empty, **values}))
+
+
 def test_the_rows_of_the_first_version_are_kept_by_the_upgrade(store_url: str) -> None:
     configured = settings.load({"AQUE_BROKER": store_url})
     engine = open_engine(configured.store_url)
     with engine.connect() as connection, transaction(connection):
-        config = Config()
-        config.set_main_option("script_location", str(Path(schema.__file__).parent / "migrations"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
+        upgrade_to(connection, "0001")
         connection.exec_driver_sql(
             "INSERT INTO aque_requirement (id, queue, pattern, cpus, memory_bytes, host, platform) "
             "VALUES (1, 'celery', 'shell', '1', 0, '', '')"
@@ -119,6 +133,26 @@ def test_the_rows_of_the_first_version_are_kept_by_the_upgrade(store_url: str) -
     assert old == {"id": 2, "name": "old", "user": "", "interpreter": "", "truncated": False}
     opened.close()
     engine.dispose()
+
+
+def test_the_children_of_older_tasks_are_nothing_to_them_as_before(store_url: str) -> None:
+    engine = open_engine(settings.load({"AQUE_BROKER": store_url}).store_url)
+    with engine.connect() as connection, transaction(connection):
+        upgrade_to(connection, "0003")
+        add(connection, "aque_requirement", id=1, pattern="shell", cpus="1")
+        for task_id, parent in ((2, None), (3, 2)):
+            own = {"id": task_id, "job_id": task_id, "parent_id": parent, "name": "old", "state": "ready"}
+            add(connection, "aque_task", requirement_id=1, pattern="shell", max_attempts=1, requeue=True, **own)
+            add(connection, "aque_payload", task_id=task_id, umask=18)
+    assert schema.upgrade(engine) == "0003"
+    opened = Store(engine)
+    by = worker(opened)
+    (parent,) = claim(opened, [2], by)
+    run(opened, by, 3, state=State.ERROR)
+    assert finish(opened, outcome(parent)).ended == {2: State.SUCCESS}
+    with opened.connect() as connection:
+        assert opened.doctor(connection) == []
+    opened.close()
 
 
 def test_a_store_that_others_can_write_or_own_is_not_its_users_alone(tmp_path: Path) -> None:
