@@ -16,7 +16,7 @@ from aque.celery_task import Task
 from aque.errors import BadInput, NotSubmittable
 from aque.farm import farm_of, settings_of
 from aque.graphs import Graph, open_graph, submit_or_add
-from aque.handles import Handle, backend_of, edges_of, known_options, submitter_of
+from aque.handles import TASK_OPTIONS, Handle, backend_of, edges_of, known_options, meant, submitter_of
 from aque.submitter import Options
 
 
@@ -63,6 +63,10 @@ def task(*args: Any, **options: Any) -> Any:
     for function in args:
         if getattr(function, "__name__", "") == "<lambda>":
             raise NotSubmittable("a lambda cannot be a task, a worker could not find it by name: define a function.")
+    # Attributes of a site's own are Celery's way: refused is only what looks like a slip.
+    unknown = [name for name in options if not hasattr(Task, name) and name not in TASK_OPTIONS]
+    if slips := [name for name in unknown if meant([name])]:
+        raise BadInput(f"there is no task option {slips[0]!r}{meant(slips[:1])}. The task was not made.")
     options.setdefault("base", Task)
     return shared_task(*args, **options)
 

@@ -10,12 +10,12 @@ from celery import Task as CeleryTask
 from celery.app.routes import Router
 from celery.exceptions import QueueNotFound
 from celery.local import Proxy
-from celery.utils.time import maybe_iso8601, rate
+from celery.utils.time import maybe_iso8601
 from kombu.entity import Exchange, Queue
 
 from aque import codec
 from aque.errors import BadInput
-from aque.handles import DEPENDENCY_OPTIONS, TASK_OPTIONS, known_options
+from aque.handles import DEPENDENCY_OPTIONS, TASK_OPTIONS, known_options, parse_rate
 
 #: Celery's options of a task and of a call that a row has its own place for, under other names or none.
 TRANSLATED = frozenset(
@@ -161,7 +161,7 @@ def options_of(
     if asked.get("ignore_result"):
         extra["ignore_result"] = True
     if limit := getattr(task, "rate_limit", None):
-        extra["rate_limit"] = rate(limit)
+        extra["rate_limit"] = parse_rate(limit)
     return {**given, "extra": extra} if extra else given
 
 

@@ -61,8 +61,8 @@ def _registered(name: str, app: Celery) -> Task:
     if (found := app.tasks.get(name)) is not None:
         return found
     near = difflib.get_close_matches(name, app.tasks.keys(), 3)
-    hint = f": did it mean {', '.join(near)}?" if near else ", which has no task of a like name"
-    raise CannotImport(f"there is no task {name} in the worker's app{hint}")
+    hint = f" (it has {', '.join(near)})" if near else ""
+    raise CannotImport(f"there is no task {name} in the worker's app{hint}: it must import the module that defines it")
 
 
 def _imported(function: str, app: Celery) -> Task:

@@ -221,17 +221,19 @@ class Claimer:
         limits = {task.id: self._classes.limits(task.class_id) for task in tasks}
         got = self._store.claim(connection, [task.id for task in tasks], worker_id, token, state, limits=limits)
         chosen = {task.id: task.class_id for task in tasks}
-        changed = [task for task in got if task.class_id != chosen[task.id] or self._is_too_often(task)]
+        news: set[str] = set()  # names that have said only now how often they may start
+        changed = [task for task in got if task.class_id != chosen[task.id] or self._is_too_often(task, news)]
         if (
             changed
         ):  # it needs something else now, for which nothing was reserved; or says only now how often it may start
             self._store.give_back(connection, [(task.id, task.token) for task in changed])
         return [task for task in got if task not in changed]
 
-    def _is_too_often(self, task: ClaimedTask) -> bool:
+    def _is_too_often(self, task: ClaimedTask, news: set[str]) -> bool:
         rate = task.extra.get("rate_limit")
-        is_news = rate is not None and self._rates.learn(task.name, rate)
-        return is_news and not self._rates.take(task.name, time.monotonic())
+        if rate is not None and self._rates.learn(task.name, rate):
+            news.add(task.name)
+        return task.name in news and not self._rates.take(task.name, time.monotonic())
 
     def _at_home(
         self, tasks: list[ReadyTask], requirement: Requirement, now: float

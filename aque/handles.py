@@ -1,8 +1,9 @@
 """The handle that stands for a submitted task, and what every way to submit one needs: options, dependencies, ids."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,6 +11,7 @@ from weakref import WeakKeyDictionary
 from celery import Celery, current_app
 from celery.result import AsyncResult, EagerResult, GroupResult, assert_will_not_block
 from celery.states import PROPAGATE_STATES, READY_STATES, SUCCESS
+from celery.utils.time import rate
 from vine import barrier
 
 from aque import codec, control
@@ -110,7 +112,9 @@ class Handle(AsyncResult):
         """As Celery's. For a step of a chain that was skipped the exception of the step that has failed is raised, and for
         a task that a graph has replaced that of the task in it."""
         try:
-            return super().get(*args, propagate=propagate, follow_parents=False, **options)
+            value = super().get(*args, propagate=propagate, follow_parents=False, **options)
+            is_skipped = isinstance(value, TaskSkipped) and (self.parent is not None or self._has_run())
+            return (backend_of(self.app).cause(self.id) or value) if is_skipped else value
         except TaskSkipped:
             if propagate and ((follow_parents and self.parent is not None) or self._has_run()):
                 self._maybe_reraise_parent_error()
@@ -323,11 +327,31 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     known = {**options}
     known_names = (*TASK_OPTIONS, *DEPENDENCY_OPTIONS)
     if unknown := set(known) - {*TASK_OPTIONS, "name"}:
-        raise BadInput(f"unknown task options {', '.join(sorted(unknown))}; there are {', '.join(known_names)}.")
+        raise BadInput(
+            f"unknown task options {', '.join(sorted(unknown))}{meant(unknown)}; beside Celery's there are "
+            f"{', '.join(known_names)}. Nothing was submitted."
+        )
     for name in ("io_paths", "requires_paths", "tags"):
         if isinstance(known.get(name), list):
             known[name] = tuple(known[name])
     return known
+
+
+def parse_rate(text: Any) -> float:
+    """Tasks a second, of Celery's "10/m". Raises BadInput."""
+    try:
+        return float(rate(text))
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(
+            f"rate_limit must be a number of tasks a second, or as in '10/m' or '100/h', not {text!r:.60}. Nothing was "
+            "submitted."
+        ) from None
+
+
+def meant(unknown: Iterable[str]) -> str:
+    """What these options may have been meant to be, as a part of a sentence."""
+    near = [match for name in sorted(unknown) for match in get_close_matches(name, TASK_OPTIONS, 1, 0.7)]
+    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def edges_of(given: Mapping[str, Any]) -> list[Dependency]:

@@ -151,6 +151,8 @@ class TaskPool(prefork.TaskPool):
     Timer: Any = _Timer
     #: So many children have a function that waits for other tasks: as many more are there in their place.
     lent = 0
+    _spare = 0  #: children that were in their place, and are kept for the next
+    _was_spare = 0  #: at the last `trim`
     _leaving = 0  #: children that are to end as soon as one has nothing to do
 
     def on_start(self) -> None:
@@ -194,18 +196,29 @@ class TaskPool(prefork.TaskPool):
     @property
     def num_processes(self) -> int:
         """Children, without those that are about to end and those that are lent."""
-        return int(self._pool._processes) - self._leaving - self.lent
+        return int(self._pool._processes) - self._leaving - self.lent - self._spare
 
     def lend(self) -> None:
         """The function of a child waits for other tasks: there is another child in its place when this returns."""
         self.lent += 1
-        self._pool.grow(1)
-        self._pool.maintain_pool()
+        if self._spare:
+            self._spare -= 1
+        else:
+            self._pool.grow(1)
+            self._pool.maintain_pool()
 
     def take_back(self) -> None:
-        """It waits no longer: one child too many ends."""
+        """It waits no longer: one child too many is kept for the next, since one that ends would be missed a moment later."""
         self.lent -= 1
-        self._end_one()
+        self._spare += 1
+
+    def trim(self) -> None:
+        """End the children that have been too many since the last time. Under the same lock as `lend` and `take_back`."""
+        unused, self._was_spare = min(self._spare, self._was_spare), self._spare
+        for _ in range(unused):
+            self._spare -= 1
+            self._end_one()
+        self._was_spare = min(self._was_spare, self._spare)
 
     def tell_children(self, *listeners: Callable[[int], None]) -> None:
         """Call the listeners with the pid of each child that there is and will be."""

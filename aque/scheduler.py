@@ -97,6 +97,13 @@ class Entry:
     kill_grace: float = 0.0  #: then: the grace that it was told, in seconds
     kill_at: float = 0.0  #: then: when SIGKILL is due
     lent: Capacity | None = None  #: of `need`, what is free while it waits for other tasks
+    waits: int = 0  #: so many of its threads and processes do
+    returning: list[Callable[[], None]] = field(default_factory=list)  #: of these, those that would go on
+
+    @property
+    def held(self) -> Capacity:
+        """What it has reserved just now."""
+        return self.need if self.lent is None else self.need - self.lent
 
 
 @dataclass(slots=True)
@@ -176,6 +183,8 @@ class Scheduler:
         self._claimer = claimer.Claimer(store, settings, self._classes, self._seconds, Rates(ordered_rate))
         self._backoff = Backoff(settings.back_off_seconds)
         self._lock = threading.Lock()
+        #: Held while a task starts to lend or has it back: what the pool has in place of it must agree. Taken before `_lock`.
+        self.lending = threading.RLock()
         self._worker_id = self.worker_id = worker_id
         self._running: dict[int, Entry] = {}
         self._buffer: deque[ClaimedTask] = deque()
@@ -241,7 +250,7 @@ class Scheduler:
                 self.run_times.add(entry.task.name, outcome.ran_seconds, entry.task.io_bytes)
                 self._backoff.succeeded(entry.task.class_id, entry.task.job_id)
             self._look_ready = self._look_ready or self._waiting
-            held = entry.need if entry.lent is None else entry.need - entry.lent
+            held = entry.held
         self._ledger.release(held)
         self._start_buffered()
         self._wake()
@@ -263,11 +272,14 @@ class Scheduler:
     # -- a task that waits for others -----------------------------------------------------------------------------------
 
     def block(self, task: ClaimedTask) -> bool:
-        """The task waits for others: what it lends is free. False: it runs here no more."""
+        """One more thread or process of the task waits for others: what it lends is free. False: it runs here no more."""
         with self._lock:
             entry = self._running.get(task.id)
-            if entry is None or entry.task.token != task.token or entry.lent is not None:
+            if entry is None or entry.task.token != task.token:
                 return False
+            entry.waits += 1
+            if entry.lent is not None:
+                return True
             entry.lent = lent = Capacity(entry.need.cpus, 0, entry.need.python_slots)
             self._batch.blocked[task.id, task.token] = True
             self._look_ready = self._claim_ahead = True
@@ -275,26 +287,40 @@ class Scheduler:
         self._wake()
         return True
 
-    def unblock(self, task: ClaimedTask, granted: Callable[[], None]) -> None:
-        """The task would go on: `granted` is called when what it has lent is its own again, before others get any."""
+    def unblock(self, task: ClaimedTask, granted: Callable[[], None], is_back: Callable[[], None]) -> None:
+        """A thread or process of the task would go on. `granted` is called when it may: when what the task has lent is its own
+        again, in its turn, and then `is_back` before; at once while others of the task wait on, since what it has lent is lent
+        for their sake."""
         with self._lock:
             entry = self._running.get(task.id)
             lent = entry.lent if entry is not None and entry.task.token == task.token else None
-        if entry is None or lent is None:
+            if entry is not None and lent is not None:
+                entry.waits -= 1
+                if entry.waits <= 0:
+                    entry.returning.append(granted)
+                    if len(entry.returning) > 1:
+                        return  # one stands in the line for all of them
+        if entry is None or lent is None or entry.waits > 0:
             granted()
             return
 
         def go_on() -> None:
-            with self._lock:
-                runs = self._running.get(task.id) is entry
-                if runs:
-                    entry.lent = None
-                    self._batch.blocked[task.id, task.token] = False
-            if runs:
+            with self.lending:
+                with self._lock:
+                    runs = self._running.get(task.id) is entry
+                    waiting, entry.returning = entry.returning, []
+                    keeps = runs and entry.waits <= 0
+                    if keeps:
+                        entry.lent = None
+                        self._batch.blocked[task.id, task.token] = False
+                if keeps:
+                    is_back()
+            if keeps:
                 self._wake()
-            else:  # it was killed meanwhile
+            else:  # it was killed meanwhile, or another of its threads waits again
                 self._ledger.release(lent)
-            granted()
+            for grant in waiting:
+                grant()
 
         self._ledger.in_turn(lent, go_on)
 
@@ -389,7 +415,16 @@ class Scheduler:
             self._batch.put_back(self._writing)
             return {
                 "running": [
-                    (entry.task, entry.need, entry.began, entry.kill_signal, entry.kill_grace, entry.kill_at)
+                    (
+                        entry.task,
+                        entry.need,
+                        entry.began,
+                        entry.kill_signal,
+                        entry.kill_grace,
+                        entry.kill_at,
+                        entry.lent,
+                        entry.waits + len(entry.returning),
+                    )
                     for entry in self._running.values()
                     if entry.task.id in handed_over
                 ],
@@ -402,10 +437,11 @@ class Scheduler:
     def adopt(self, exported: dict[str, Any], attempt_of: Callable[[ClaimedTask, float, int | None], Running]) -> None:
         """Go on with what the image before this one has exported; before `start`. `attempt_of` gets the task, since when it
         runs and the signal by which it is being killed."""
-        for task, need, began, kill_signal, kill_grace, kill_at in exported["running"]:
-            self._ledger.adopt(need)
+        for task, need, began, kill_signal, kill_grace, kill_at, lent, waits in exported["running"]:
             attempt = attempt_of(task, began, kill_signal)
-            self._running[task.id] = Entry(task, need, began, attempt, kill_signal, kill_grace, kill_at)
+            entry = Entry(task, need, began, attempt, kill_signal, kill_grace, kill_at, lent, waits)
+            self._ledger.adopt(entry.held)
+            self._running[task.id] = entry
         self._abandoned = exported["abandoned"]
         self._batch = Batch(**exported["batch"])
         self._output_bytes = sum(len(piece[4]) for piece in self._batch.output)
@@ -619,10 +655,9 @@ class Scheduler:
             other = self._ledger.whole - self._ledger.free
         busy = []
         for entry in entries:
-            other = other - (entry.need if entry.lent is None else entry.need - entry.lent)
+            other = other - entry.held
             expected = entry.task.duration or self._seconds(entry.task.name) or 0.0
-            need = entry.need if entry.lent is None else entry.need - entry.lent
-            busy.append(Busy(need, expected_end(now - (ran - entry.began), expected, now)))
+            busy.append(Busy(entry.held, expected_end(now - (ran - entry.began), expected, now)))
         return [*busy, Busy(other)]
 
     def _reserve(self, tasks: list[ReadyTask]) -> list[ReadyTask]:
@@ -690,7 +725,8 @@ class Scheduler:
                 self._output_bytes = sum(len(piece[4]) for piece in self._batch.output)
                 if self._batch.output and self._output_since is None:
                     self._output_since = time.monotonic()
-            self._one_by_one = is_data_error(error)
+            # Whatever one outcome cannot be recorded for, the others can: a task must not stop its worker.
+            self._one_by_one = is_data_error(error) or not isinstance(error, (StoreError, DatabaseError))
             raise
         self._one_by_one = False
         self._writing = Batch()
@@ -1009,6 +1045,7 @@ class Scheduler:
         else:
             left = self._claimer.look(connection, self._worker_id, self._ledger.whole, list, 0)
             waits = left.is_undecided or left.again_in is not None
+            waits = waits or self._look_times or self._times_at is not None
             over = not left.start and not waits and not self._store.is_anything_active(connection)
         if over:
             self._draining = True

@@ -671,6 +671,8 @@ def _duration(value: float | str) -> tuple[float, float]:
 def _not_before(countdown: float | None, eta: datetime | None) -> float | None:
     if countdown is not None and eta is not None:
         raise BadInput("a task has a countdown or an eta, not both. Nothing was submitted.")
+    if countdown is not None and not isinstance(countdown, (int, float)):
+        raise BadInput(f"countdown must be a number of seconds, not {countdown!r:.60}. Nothing was submitted.")
     if countdown is not None and countdown <= 0:
         return None
     return _moment("eta", eta) if countdown is None else _moment("countdown", countdown)

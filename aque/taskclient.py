@@ -5,6 +5,7 @@ A task knows its worker from AQUE_WORKER: the name of a socket and a key that is
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,6 +15,8 @@ from aque.errors import BadInput
 
 #: A line that a worker does not answer for so long is dead. Waiting for CPUs is not bounded.
 ANSWER_SECONDS = 30.0
+#: A worker that restarts is back within a few seconds; one that has ended ends its tasks.
+RESTART_SECONDS = 10.0
 
 
 @contextmanager
@@ -35,7 +38,10 @@ def blocked(address: str | None) -> Iterator[None]:
             yield
         finally:
             line.settimeout(None)
-            _ask(line, {"key": _key(address), "do": "unblock"})
+            question = {"key": _key(address), "do": "unblock"}
+            if _ask(line, question) is None and (again := _connect_again(address)) is not None:
+                with again:  # the worker has restarted
+                    _ask(again, question)
 
 
 def tell(address: str | None, state: str, meta: Any) -> bool:
@@ -63,8 +69,17 @@ def _connect(address: str) -> socket.socket | None:
     return line
 
 
-def _ask(line: socket.socket, question: dict[str, Any]) -> str:
-    """The answer: empty if all is well, or if the worker has gone."""
+def _connect_again(address: str | None) -> socket.socket | None:
+    until = time.monotonic() + RESTART_SECONDS
+    while (line := _connect(address or "")) is None and time.monotonic() < until:
+        time.sleep(0.2)
+    if line is not None:
+        line.settimeout(None)
+    return line
+
+
+def _ask(line: socket.socket, question: dict[str, Any]) -> str | None:
+    """The answer: empty if all is well. None: the line is broken, the worker has gone."""
     answer = b""
     with suppress(OSError):
         line.sendall(json.dumps(question).encode() + b"\n")
@@ -73,7 +88,7 @@ def _ask(line: socket.socket, question: dict[str, Any]) -> str:
             if not piece:
                 break
             answer += piece
-    return answer.decode(errors="replace").strip()
+    return answer.decode(errors="replace").strip() if answer.endswith(b"\n") else None
 
 
 def own_address() -> str | None:

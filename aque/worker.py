@@ -187,6 +187,7 @@ class AqueWorker:
         callbacks = {task_id: attempt.command_callbacks for task_id, attempt in attempts.items()}
         for task_id, command in self.commands.adopt(handed_over["commands"], callbacks).items():
             attempts[task_id].take_over(command)
+        self.line.adopt(handed_over["line"], {task_id: attempt.task for task_id, attempt in attempts.items()})
         logger.info("restarted: %d commands go on", len(attempts))
 
     def hand_over(self) -> NoReturn:
@@ -202,11 +203,13 @@ class AqueWorker:
         self.eventer.stop(1.0)
         self.acks.stop(1.0)
         attempts = self.scheduler.attempts()
+        line = self.line.export()
         commands = self.commands.export({a.command: i for i, a in attempts.items() if a.command is not None})
         scheduler = self.scheduler.export(commands["running"])
         state = {
             "commands": commands,
             "scheduler": scheduler,
+            "line": line,
             "run_times": self.scheduler.run_times.take(),
             "assignments": self.runner.assignments.export((task.id, task.attempt) for task, *_ in scheduler["running"]),
             "lease_until": self.runner.lease_until,
@@ -220,6 +223,9 @@ class AqueWorker:
         """The lease holds until this moment of `lease_clock`. After a restart: write what has changed about this worker. While
         it runs more than it may now, its row keeps the larger numbers, which are what its tasks have reserved."""
         self.runner.renew(until)
+        if isinstance(self._pool, TaskPool):
+            with self.scheduler.lending:
+                self._pool.trim()
         self._write_run_times(connection)
         self._show_avoided(connection)
         if not self.is_described and not self.ledger.is_over_budget:
@@ -417,25 +423,24 @@ class AqueWorker:
                 f"{self._pool.lent} tasks of this worker wait for other tasks already (setting most_blocked): task {task.id} "
                 "would wait for ever if they all need this one. Submit what needs the result as a task of its own."
             )
-        self._lent.add((task.id, task.token))
-        self._pool.lend()
-        if not self.scheduler.block(task):
-            self._take_back(task.id, task.token)
+        with self.scheduler.lending:
+            if (task.id, task.token) not in self._lent:
+                self._lent.add((task.id, task.token))
+                self._pool.lend()
+            if not self.scheduler.block(task):
+                self._take_back(task.id, task.token)
         return None
 
     def unblock(self, task: ClaimedTask, granted: Callable[[], None]) -> None:
         """The task would go on."""
-
-        def go_on() -> None:
-            self._take_back(task.id, task.token)
-            granted()
-
-        self.scheduler.unblock(task, go_on)
+        with self.scheduler.lending:
+            self.scheduler.unblock(task, granted, lambda: self._take_back(task.id, task.token))
 
     def _take_back(self, task_id: int, token: int) -> None:
-        if (task_id, token) in self._lent:
-            self._lent.discard((task_id, token))
-            self._pool.take_back()
+        with self.scheduler.lending:
+            if (task_id, token) in self._lent:
+                self._lent.discard((task_id, token))
+                self._pool.take_back()
 
     def finished(self, outcome: Outcome) -> None:
         """An attempt is over."""

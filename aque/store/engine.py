@@ -17,7 +17,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
 from aque import hints
-from aque.errors import BadStateDirectory, StoreUnreachable
+from aque.errors import BadInput, BadStateDirectory, StoreUnreachable
 from aque.store import forks
 
 T = TypeVar("T")
@@ -295,12 +295,13 @@ def is_conflict(error: Exception) -> bool:
 
 
 def attempt_write(connection: sa.Connection, work: Callable[[], T]) -> T | None:
-    """Run `work` under a savepoint of the open transaction; None, with nothing written, if the database refused its data."""
+    """Run `work` under a savepoint of the open transaction; None, with nothing written, if the database refused its data, or
+    they make no sense."""
     connection.exec_driver_sql("SAVEPOINT attempt")
     try:
         result = work()
-    except sa.exc.StatementError as error:
-        if not is_data_error(error):
+    except (sa.exc.StatementError, BadInput, ValueError) as error:
+        if isinstance(error, sa.exc.StatementError) and not is_data_error(error):
             raise
         connection.exec_driver_sql("ROLLBACK TO SAVEPOINT attempt")
         return None

@@ -48,10 +48,10 @@ def check(connection: sa.Connection) -> None:
 
 def upgrade(engine: sa.Engine) -> str | None:
     """Create or upgrade the tables, in one transaction; returns the version there was before. Safe to run by many at once."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # before the import, which tells what it loads
     from alembic import command
     from alembic.config import Config
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     with reachable(engine), engine.connect() as connection, transaction(connection):
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('aque_schema'))")

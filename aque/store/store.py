@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -34,7 +34,15 @@ from aque.states import COMPLETE_STATES, ENDING_SIGNALS, Reason, State
 from aque.store import schema
 from aque.store import statements as sql
 from aque.store.changes import Changes
-from aque.store.engine import copy_rows, inside_transaction, open_engine, reachable, transaction, why_not_personal
+from aque.store.engine import (
+    attempt_write,
+    copy_rows,
+    inside_transaction,
+    open_engine,
+    reachable,
+    transaction,
+    why_not_personal,
+)
 from aque.store.explanations import Explanations
 from aque.store.groups import Groups, in_turn
 from aque.store.limits import Limits
@@ -677,7 +685,7 @@ class Store:
         """What running tasks, as (id, token), tell of themselves: a state of their own naming, and JSON."""
         for (task_id, token), (state, meta) in told.items():
             parameters = {"which": task_id, "with_token": token, "new_state": state, "new_meta": meta}
-            connection.execute(sql.tell(self.dialect), parameters)
+            attempt_write(connection, partial(connection.execute, sql.tell(self.dialect), parameters))
 
     # -- finish and release -------------------------------------------------------------------------------------------
 
@@ -769,11 +777,13 @@ class Store:
                 "new_inputs": _json(replacement.inputs) if replacement.inputs else b"",
             },
         )
-        states = self._add_dependents(connection, {d.upstream: 1 for d in replacement.dependencies})
-        start = deps.starts({outcome.id: replacement.dependencies}, (), states)[outcome.id]
+        # What it has waited for before has an edge already, and has let it start.
+        known = set(connection.execute(sql.upstream_of(), {"which": outcome.id}).scalars())
+        new = tuple(d for d in replacement.dependencies if d.upstream not in known)
+        states = self._add_dependents(connection, {d.upstream: 1 for d in new})
+        start = deps.starts({outcome.id: new}, (), states)[outcome.id]
         edges = [
-            (d.upstream, outcome.id, str(d.condition), deps.is_satisfied(d.condition, states[d.upstream]))
-            for d in replacement.dependencies
+            (d.upstream, outcome.id, str(d.condition), deps.is_satisfied(d.condition, states[d.upstream])) for d in new
         ]
         self._insert(connection, edge, _EDGE_COLUMNS, edges)
         parameters = {"which": outcome.id, "to_state": str(start.state), "new_unmet": start.unmet}

@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,27 @@ def add_up(numbers: list[int], path: str) -> int:
     with open(path, "a") as file:
         file.write("body\n")
     return sum(numbers)
+
+
+@aque.task
+def gather(count: int) -> int:
+    """Waits for so many children at once, each in a thread of its own."""
+    children = [value.delay(n) for n in range(count)]
+    with ThreadPoolExecutor(count) as together:
+        return sum(together.map(lambda child: child.get(timeout=60), children))
+
+
+@aque.task(bind=True)
+def tell_nonsense(self: Any) -> int:
+    self.update_state(state="odd \ud800 \0 state", meta={"what": "\ud800\0"})
+    return 1
+
+
+@aque.task(bind=True)
+def replace_by_the_impossible(self: Any) -> None:
+    self.replace(value.s(1).set(depends_on=[999_999_999]))
+
+
+@aque.task(bind=True)
+def replace_by_what_it_waited_for(self: Any, upstream: int) -> None:
+    self.replace(value.s(5).set(depends_on=[upstream]))

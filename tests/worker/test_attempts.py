@@ -1,5 +1,8 @@
 """What a task may ask of its own attempt: another one, children, the results of others, to be known how far it is."""
 
+import os
+import signal
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import aque
 from aque.errors import BadInput, RemoteError, TaskCancelled
 from tests.servers import wait_until
 from tests.worker import celery_tasks as tasks
-from tests.worker.farm import LIMIT_SECONDS, Farm
+from tests.worker.farm import LIMIT_SECONDS, ROOT, Farm
 
 LIMIT = LIMIT_SECONDS
 
@@ -194,7 +197,61 @@ def test_too_many_that_wait_get_an_error_in_place_of_a_deadlock(own_farm: Farm) 
     assert tasks.recurse.delay(2).get(timeout=LIMIT) == 2
 
 
+def test_many_threads_of_a_task_may_wait_at_once(own_farm: Farm) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=1)
+    for _ in range(3):
+        assert tasks.gather.delay(4).get(timeout=LIMIT) == 6
+    # All CPUs are there again, and as many children as before.
+    assert aque.shell(["true"], cpus="all").get(timeout=LIMIT)["exit_code"] == 0
+    wait_until(lambda: len(worker.pool_children()) == 1, LIMIT)
+
+
+def test_a_command_that_waits_for_a_task_holds_no_cpu_across_a_restart(own_farm: Farm, tmp_path: Path) -> None:
+    worker = own_farm.start_worker("-c", "1", cpus=1)
+    gate = tmp_path / "gate"
+    program = (
+        "from tests.worker import celery_tasks as t\n"
+        f"children = [t.held.delay({str(gate)!r}, n) for n in (1, 2)]\n"
+        "print(sum(child.get(timeout=60) for child in children))"
+    )
+    task = aque.shell([sys.executable, "-c", program], cwd=str(ROOT))
+    wait_until(lambda: "running" in [row["state"] for row in aque.tasks({"parent_id": task.number})], LIMIT)
+    restarted = worker.log().count("celery_tasks.held")
+    os.kill(worker.pid, signal.SIGHUP)
+    wait_until(lambda: worker.log().count("restarting:") == 1, LIMIT)
+    gate.touch()
+    assert task.get(timeout=LIMIT)["stdout"] == "3\n", restarted
+    assert aque.shell(["true"], cpus="all").get(timeout=LIMIT)["exit_code"] == 0
+
+
+def test_a_line_that_breaks_gives_back_what_was_lent(own_farm: Farm, tmp_path: Path) -> None:
+    own_farm.start_worker("-c", "1", cpus=1)
+    code = 'from tests.worker import celery_tasks as t; t.held.apply_async(("x",), queue="nobody").get()'
+    program = f"{sys.executable} -c '{code}'"
+    gate = tmp_path / "gate"
+    script = f"timeout 3 {program}; until [ -e {gate} ]; do sleep 0.05; done"
+    task = aque.shell(["sh", "-c", script], cwd=str(ROOT), cpus=1, children="detach")
+    with own_farm.store.connect() as connection:
+
+        def blocked() -> bool:
+            found = connection.exec_driver_sql(f"SELECT blocked FROM aque_task WHERE id = {task.number}").scalar_one()
+            return bool(found)
+
+        wait_until(blocked, LIMIT, "it has lent its CPU")
+        wait_until(lambda: not blocked(), LIMIT, "it has it again")
+    gate.touch()
+    task.get(timeout=LIMIT)
+
+
 # -- the rest -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_makes_no_sense_ends_the_task_and_not_its_worker(farm: Farm) -> None:
+    assert tasks.tell_nonsense.delay().get(timeout=LIMIT) == 1
+    impossible = tasks.replace_by_the_impossible.delay()
+    assert farm.wait_for_state(impossible, "error", "success", "skipped")["state"] == "error"
+    before = tasks.value.delay(1)
+    assert tasks.replace_by_what_it_waited_for.apply_async((before.number,), depends_on=before).get(timeout=LIMIT) == 5
 
 
 def test_a_rate_limit_spreads_the_starts_of_a_name(farm: Farm) -> None:

@@ -193,6 +193,12 @@ def leave() -> Statement:
 
 
 @cache
+def upstream_of() -> Statement:
+    """What the task `which` depends on."""
+    return sa.select(edge.c.upstream).where(edge.c.downstream == sa.bindparam("which"))
+
+
+@cache
 def enter() -> Statement:
     """The task `which` goes on in `to_state`, with so many dependencies left (`new_unmet`); what takes its place may have
     failed already, and then it ends here."""
