@@ -87,6 +87,7 @@ class Waiter(Generic[T]):
         self._bell: Doorbell | None = None
         self._used_at = 0.0
         self._timer: threading.Timer | None = None
+        self._is_given_up = False
 
     def wait(self, ids: Iterable[int], timeout: float | None = None) -> Iterator[dict[int, T]]:
         """Yield the tasks that have completed since the last time, until none is left or `timeout` seconds are over.
@@ -122,7 +123,9 @@ class Waiter(Generic[T]):
             with self._lock:
                 self._waits.remove(wait)
                 self._used_at = time.monotonic()
-                if not self._waits and self._timer is None:
+                if not self._waits and self._is_given_up:
+                    self.close()
+                elif not self._waits and self._timer is None:
                     self._close_later(IDLE_SECONDS)
 
     def _step(self, wait: _Wait[T], end: float | None) -> None:
@@ -217,7 +220,7 @@ class Waiter(Generic[T]):
 
     def _close_later(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self._close_if_idle)
-        self._timer.daemon = True
+        self._timer.daemon, self._timer.name = True, "aque-waiter"
         self._timer.start()
 
     def _close_if_idle(self) -> None:
@@ -231,6 +234,13 @@ class Waiter(Generic[T]):
             elif self._bell is not None:
                 self._bell.close()
                 self._bell = None
+
+    def give_up(self) -> None:
+        """Stop listening once nobody waits: the store is not used any more."""
+        with self._lock:
+            self._is_given_up = True
+            if not self._waits:
+                self.close()
 
     def close(self) -> None:
         """Stop listening; another wait listens anew."""

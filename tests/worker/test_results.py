@@ -65,7 +65,7 @@ def test_fifty_threads_that_wait_have_one_listener(farm: Farm, tmp_path: Path) -
         *(tasks.add.delay(i, 1) for i in range(49)),
     ]
     got: list[Any] = [None] * len(waited_for)
-    waiter = app.backend._waiter(farm_of(app).store)
+    waiter = farm_of(app).waiter
 
     def wait(number: int) -> None:
         got[number] = waited_for[number].get(timeout=LIMIT)
@@ -137,7 +137,7 @@ def test_a_look_asks_for_a_window_of_what_many_threads_wait_for_at_once(own_farm
 
 def test_a_listener_that_is_not_used_is_closed_after_a_while(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aque.waiter.IDLE_SECONDS", 0.05)
-    waiter = app.backend._waiter(farm_of(app).store)
+    waiter = farm_of(app).waiter
     waiter.close()
     assert tasks.add.delay(1, 2).get(timeout=LIMIT) == 3
     wait_until(lambda: waiter._bell is None, LIMIT, "the listener is closed")
