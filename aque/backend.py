@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -226,15 +227,17 @@ class Backend(CeleryBackend):
             step = left if not unknown else UNKNOWN_SECONDS if left is None else min(left, UNKNOWN_SECONDS)
             if unknown and not names:
                 time.sleep(step or 0)
-            for done in giving_way(farm.waiter.wait(list(names), step)):
-                if on_interval is not None:
-                    on_interval()
-                if done:
-                    with store.connect() as connection:
-                        metas = self._metas_of(connection, store, names, done)
-                    for task_id in done:
-                        del names[task_id]
-                    yield from metas.values()
+            # An exception keeps all that it has passed, and what waits also listens: not until it is forgotten.
+            with closing(farm.waiter.wait(list(names), step)) as ends:
+                for done in giving_way(ends):
+                    if on_interval is not None:
+                        on_interval()
+                    if done:
+                        with store.connect() as connection:
+                            metas = self._metas_of(connection, store, names, done)
+                        for task_id in done:
+                            del names[task_id]
+                        yield from metas.values()
             if not names and not unknown:
                 return
             if end is not None and time.monotonic() >= end:

@@ -364,3 +364,11 @@ def test_exceptions_under_another_interpreter_come_back_as_well(farm: Farm) -> N
 def test_a_failed_command_says_how(farm: Farm) -> None:
     with pytest.raises(CommandFailed, match="status 3"):
         aque.shell(["sh", "-c", "exit 3"]).get(timeout=LIMIT)
+
+
+def test_a_process_ends_whatever_it_has_begun_to_wait_for(own_farm: Farm) -> None:
+    program = (
+        "import aque, threading; from aque.celery_app import app; from aque.farm import farm_of\n"
+        "task = aque.shell(['true']); threading.kept = farm_of(app).waiter.wait([task.number]); next(threading.kept)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], env=own_farm.environment, cwd=ROOT, timeout=LIMIT, check=True)
