@@ -368,7 +368,7 @@ def test_a_failed_command_says_how(farm: Farm) -> None:
 
 def test_a_process_ends_whatever_it_has_begun_to_wait_for(own_farm: Farm) -> None:
     program = (
-        "import aque, threading; from aque.celery_app import app; from aque.farm import farm_of\n"
-        "task = aque.shell(['true']); threading.kept = farm_of(app).waiter.wait([task.number]); next(threading.kept)\n"
+        "import aque; from aque.celery_app import app; from aque.farm import farm_of\n"
+        "task = aque.shell(['true']); kept = farm_of(app).waiter.wait([task.number]); next(kept)\n"
     )
     subprocess.run([sys.executable, "-c", program], env=own_farm.environment, cwd=ROOT, timeout=LIMIT, check=True)
