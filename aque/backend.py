@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,14 +19,10 @@ from aque.farm import farm_of
 from aque.states import ACTIVE_STATES, CELERY_STATE, COMPLETE_STATES, State
 from aque.store import Call, Store, StoredResult, Tree
 from aque.values import Pattern
-from aque.waiter import Waiter
 from aque.within import giving_way
 
 #: So that a `result_backend` can be `aque+` and the URL of a store.
 BACKEND_ALIASES["aque"] = "aque.backend:Backend"
-
-#: Stores stay open as long as the process, and a forked child opens its own.
-_waiters: dict[Store, Waiter[StoredResult]] = {}
 
 #: Ids that are not in the table, and that are waited for nevertheless, are looked for so often.
 UNKNOWN_SECONDS = 0.25
@@ -230,15 +227,17 @@ class Backend(CeleryBackend):
             step = left if not unknown else UNKNOWN_SECONDS if left is None else min(left, UNKNOWN_SECONDS)
             if unknown and not names:
                 time.sleep(step or 0)
-            for done in giving_way(self._waiter(store).wait(list(names), step)):
-                if on_interval is not None:
-                    on_interval()
-                if done:
-                    with store.connect() as connection:
-                        metas = self._metas_of(connection, store, names, done)
-                    for task_id in done:
-                        del names[task_id]
-                    yield from metas.values()
+            # An exception keeps all that it has passed, and what waits also listens: not until it is forgotten.
+            with closing(farm.waiter.wait(list(names), step)) as ends:
+                for done in giving_way(ends):
+                    if on_interval is not None:
+                        on_interval()
+                    if done:
+                        with store.connect() as connection:
+                            metas = self._metas_of(connection, store, names, done)
+                        for task_id in done:
+                            del names[task_id]
+                        yield from metas.values()
             if not names and not unknown:
                 return
             if end is not None and time.monotonic() >= end:
@@ -285,10 +284,6 @@ class Backend(CeleryBackend):
                 result._maybe_set_cache(dict(meta))  # which calls back
             except Exception:
                 logger.exception("a callback of task %s failed", meta["task_id"])
-
-    def _waiter(self, store: Store) -> Waiter[StoredResult]:
-        """One waiter per store: a process has one listener, however many of its threads wait."""
-        return _waiters.setdefault(store, Waiter(store, store.ended_results))
 
     # -- what only workers do -----------------------------------------------------------------------------------------
 

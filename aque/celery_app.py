@@ -157,6 +157,7 @@ def setup(app: Celery, tasks: str = "own") -> Celery:
     tasks="own": `@app.task` keeps Celery's path; `@aque.task`, or `@app.task(base=aque.Task)`, goes through the table.
     tasks="all": every task of the app goes through the table, and results are the table's (`app.AsyncResult`, `app.backend`).
 
+    It becomes the current app, as every app of Celery's does that was not made with `set_as_current=False`.
     Whatever else the app has configured stays, before this call or after it; without a broker it gets the farm's. Raises
     BadInput for another word, and for an app that was set up in the other way.
     """
@@ -188,9 +189,10 @@ def setup(app: Celery, tasks: str = "own") -> Celery:
     app.on_after_configure.connect(_configure, sender=app)  # anew whenever it is given another configuration
     ingress.register(app)
     # Tasks of `shared_task` and `aque.task` are this app's, in this thread (where the import of this module has made Aque's own
-    # app the current one) and in all others.
-    app.set_current()
-    app.set_default()
+    # app the current one) and in all others; unless it was made with `set_as_current=False`.
+    if app.set_as_current:
+        app.set_current()
+        app.set_default()
     return app
 
 

@@ -10,7 +10,8 @@ from celery import Celery
 
 from aque.machine import settings_here
 from aque.settings import Settings
-from aque.store import Store, open_store
+from aque.store import Store, StoredResult, open_store
+from aque.waiter import Waiter
 
 #: Before the URL of a store: that of Celery's result backend in it.
 RESULT_SCHEME = "aque+"
@@ -22,6 +23,7 @@ class Farm:
 
     settings: Settings
     store: Store
+    waiter: Waiter[StoredResult]  #: a process has one listener for an app, however many of its threads wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ def farm_of(app: Celery) -> Farm:
         found = _open.get(app)
         if found is None or (found.pid, found.environment) != (pid, environment):
             settings = settings_of(app)
-            farm = Farm(settings, open_store(settings))
+            store = open_store(settings)
+            farm = Farm(settings, store, Waiter(store, store.ended_results))
             close = weakref.finalize(app, _close, farm, pid)
             close.atexit = False
             _open[app] = _Opened(farm, pid, environment, close)
@@ -74,6 +77,7 @@ def farm_of(app: Celery) -> Farm:
 def _close(farm: Farm, pid: int) -> None:
     """Close what is not in use; what another thread uses just now is closed after that."""
     if pid == os.getpid():
+        farm.waiter.give_up()
         farm.store.close()
     else:
         _parents.append(farm)

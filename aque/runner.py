@@ -419,7 +419,7 @@ class Attempt:
                     act()
 
         timer = threading.Timer(seconds, call)
-        timer.daemon = True
+        timer.daemon, timer.name = True, "aque-time-limit"
         with self._ending:
             if not self._over:
                 self._timers.append(timer)
@@ -430,7 +430,7 @@ class Attempt:
             self._timed_out = True
             self._kill_child(pid, signal.SIGTERM)
             final = threading.Timer(self._runner.settings.kill_grace_seconds, self._end_if_running, args=(pid,))
-            final.daemon = True
+            final.daemon, final.name = True, "aque-time-limit"
             final.start()
 
     def _time_out_by_pool(self) -> None:

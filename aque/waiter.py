@@ -4,9 +4,10 @@ Whichever of the waiting threads comes first listens, and looks on behalf of the
 next one takes over. So a process needs no thread for it, and one thread alone waits as fast as it can.
 """
 
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -87,8 +88,9 @@ class Waiter(Generic[T]):
         self._bell: Doorbell | None = None
         self._used_at = 0.0
         self._timer: threading.Timer | None = None
+        self._is_given_up = False
 
-    def wait(self, ids: Iterable[int], timeout: float | None = None) -> Iterator[dict[int, T]]:
+    def wait(self, ids: Iterable[int], timeout: float | None = None) -> Generator[dict[int, T], None, None]:
         """Yield the tasks that have completed since the last time, until none is left or `timeout` seconds are over.
 
         `ids` may be a dictionary to which others add meanwhile; what has ended is taken out of it.
@@ -122,8 +124,8 @@ class Waiter(Generic[T]):
             with self._lock:
                 self._waits.remove(wait)
                 self._used_at = time.monotonic()
-                if not self._waits and self._timer is None:
-                    self._close_later(IDLE_SECONDS)
+                if not self._waits:
+                    self._rest()
 
     def _step(self, wait: _Wait[T], end: float | None) -> None:
         """Until something of `wait` is done, `end` has come, or a second is over."""
@@ -215,9 +217,18 @@ class Waiter(Generic[T]):
             with self._store.connect():  # raises StoreUnreachable if it stays away
                 return True
 
+    def _rest(self) -> None:
+        """Nobody waits now."""
+        if self._is_given_up:
+            self.close()
+        # At the interpreter's exit the garbage collector ends waits that nobody has gone on with, and the start of a thread
+        # would wait for ever: none runs any more.
+        elif self._timer is None and not sys.is_finalizing():
+            self._close_later(IDLE_SECONDS)
+
     def _close_later(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self._close_if_idle)
-        self._timer.daemon = True
+        self._timer.daemon, self._timer.name = True, "aque-waiter"
         self._timer.start()
 
     def _close_if_idle(self) -> None:
@@ -231,6 +242,13 @@ class Waiter(Generic[T]):
             elif self._bell is not None:
                 self._bell.close()
                 self._bell = None
+
+    def give_up(self) -> None:
+        """Stop listening once nobody waits: the store is not used any more."""
+        with self._lock:
+            self._is_given_up = True
+            if not self._waits:
+                self.close()
 
     def close(self) -> None:
         """Stop listening; another wait listens anew."""

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import hypothesis
 import pytest
-from celery import _state as celery_state
 
 from aque import residency, settings
 from aque.store import schema
@@ -22,10 +21,13 @@ from tests.servers import MissingBinary, PostgreSQL, RabbitMQ, Redis, Server
 
 @pytest.fixture(autouse=True)
 def _same_celery_app() -> Iterator[None]:
-    """An app that a test sets up becomes the current one: for that test alone."""
-    default, current = celery_state.default_app, celery_state._tls.current_app
+    """Aque's own app is the current one whenever a test begins: one that is set up takes its place, in a test or by the mere
+    import of a module with an app, as pytest imports all of them before the first test."""
+    from aque.celery_app import app  # not before the developer's settings are out of the environment
+
+    app.set_current()
+    app.set_default()
     yield
-    celery_state.default_app, celery_state._tls.current_app = default, current
 
 
 AnyServer = TypeVar("AnyServer", bound=Server)

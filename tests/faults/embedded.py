@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def _kill_child(path: Path) -> None:
 def _look(mine: int, cycle: int) -> dict[str, Any]:
     """What belongs to this process now."""
     gc.collect()
+    with suppress(AssertionError):  # a thread that was told to end has a moment for it
+        wait_until(lambda: threading.active_count() == 1, 2)
     me = psutil.Process()
     is_subreaper = ctypes.c_int()
     ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(is_subreaper), 0, 0, 0)

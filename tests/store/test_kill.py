@@ -285,7 +285,7 @@ def test_a_kill_that_races_with_a_claim_and_a_finish_has_one_outcome(store: Stor
     me = worker(store)
     seen = set()
     with ThreadPoolExecutor(2) as threads:
-        for n in range(200):
+        for n in range(60):
             base, wanted, needs = ids(store, 3)
             submit(store, [after(base), after(wanted, base), after(needs, wanted)])
             if n % 2:
@@ -324,7 +324,7 @@ def test_a_kill_that_races_with_a_claim_and_a_finish_has_one_outcome(store: Stor
 def test_recursive_kills_and_submissions_of_dependents_at_once_end_sound(store: Store) -> None:
     me = worker(store)
     with ThreadPoolExecutor(3) as threads:
-        for _ in range(30):
+        for _ in range(10):
             new = ids(store, 22)
             chain, late = new[:20], new[20:]
             submit(store, [after(chain[0]), *[after(i, before) for before, i in pairwise(chain)]])

@@ -429,7 +429,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_whatever_happens_no_more_is_in_use_than_there_may_be_and_all_comes_back(store: Store, steps: list) -> None:
     capacity: dict[str, int] = {}

@@ -145,7 +145,7 @@ def a_farm(store: Store) -> Iterator[SharedFarm]:
         yield SharedFarm(store, mounts)
 
 
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=actions)
 def test_nobody_ever_has_more_than_there_is_and_all_that_can_run_does(
     store: Store, steps: list[tuple[str, int, int]]

@@ -142,10 +142,10 @@ def test_add_consumer_and_cancel_consumer_change_what_is_claimed(farm: Farm, cli
     first = tasks.echo.apply_async((1,), queue=queue)
     assert tasks.echo.delay(0).get(timeout=LIMIT) == 0
     assert farm.state(first) == "ready"
-    client.control.add_consumer(queue, destination=[worker.name], reply=True, timeout=10)
+    client.control.add_consumer(queue, destination=[worker.name], reply=True, timeout=10, limit=1)
     assert first.get(timeout=LIMIT) == 1
     assert queue in farm.live()[0].info.queues
-    client.control.cancel_consumer(queue, destination=[worker.name], reply=True, timeout=10)
+    client.control.cancel_consumer(queue, destination=[worker.name], reply=True, timeout=10, limit=1)
     wait_until(lambda: queue not in farm.live()[0].info.queues, LIMIT, "the table says so")
     second = tasks.echo.apply_async((2,), queue=queue)
     assert tasks.echo.delay(0).get(timeout=LIMIT) == 0
@@ -169,7 +169,7 @@ def test_a_worker_serves_the_queues_that_it_was_started_with(own_farm: Farm) -> 
 def test_celery_events_shows_the_life_of_functions_and_commands(farm: Farm, client: Celery) -> None:
     watcher = farm.start_program(sys.executable, "-u", "-m", "celery", "-A", "aque.celery_app", "events", "--dump")
     try:
-        client.control.enable_events(reply=True, timeout=10)
+        client.control.enable_events(reply=True, timeout=10, limit=1)
 
         def seen(task: Any, *kinds: str) -> bool:
             lines = watcher.log.read_text().splitlines()

@@ -24,19 +24,11 @@ def run_python(environment: dict[str, str], *words: str, cwd: Path = ROOT) -> st
     return done.stdout
 
 
-@pytest.mark.parametrize("pool", ["solo", "prefork"])
-def test_the_project_in_the_docs_passes_its_tests(pool: str, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_the_project_in_the_docs_passes_its_tests(tmp_path: Path, environment: dict[str, str]) -> None:
     files = re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert [name for name, _ in files] == ["work.py", "conftest.py", "test_work.py"]
     for name, text in files:
         (tmp_path / name).write_text(text)
-    with (tmp_path / "conftest.py").open("a") as file:
-        file.write(f'\n\n@pytest.fixture(scope="session")\ndef celery_worker_pool():\n    return "{pool}"\n')
-        if pool == "prefork":
-            file.write(
-                '\n\n@pytest.fixture(scope="session")\ndef celery_parameters(tmp_path_factory):\n'
-                '    return {"backend": f"file://{tmp_path_factory.mktemp(\'results\')}"}\n'
-            )
     said = run_python(environment, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", cwd=tmp_path)
     assert "4 passed" in said
 

@@ -70,10 +70,10 @@ def test_one_of_two_workers_lacks_a_mount_all_tasks_succeed_and_workers_says_why
     start_bad(own_farm, shots)
     start_good(own_farm)
     with aque.graph() as job:
-        for _ in range(1000):
+        for _ in range(300):
             aque.shell(["true"], cwd=str(shots / "a"))
     assert job.handle.get(timeout=2 * LIMIT) is None
-    assert own_farm.counts() == {"success": 1001}
+    assert own_farm.counts() == {"success": 301}
     refused = refusals(own_farm)
     assert 3 <= len(refused) <= 4, "three, and what ran beside the third"
     assert {host for _, host in refused} == {"bad"}

@@ -65,7 +65,7 @@ def test_fifty_threads_that_wait_have_one_listener(farm: Farm, tmp_path: Path) -
         *(tasks.add.delay(i, 1) for i in range(49)),
     ]
     got: list[Any] = [None] * len(waited_for)
-    waiter = app.backend._waiter(farm_of(app).store)
+    waiter = farm_of(app).waiter
 
     def wait(number: int) -> None:
         got[number] = waited_for[number].get(timeout=LIMIT)
@@ -137,7 +137,7 @@ def test_a_look_asks_for_a_window_of_what_many_threads_wait_for_at_once(own_farm
 
 def test_a_listener_that_is_not_used_is_closed_after_a_while(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aque.waiter.IDLE_SECONDS", 0.05)
-    waiter = app.backend._waiter(farm_of(app).store)
+    waiter = farm_of(app).waiter
     waiter.close()
     assert tasks.add.delay(1, 2).get(timeout=LIMIT) == 3
     wait_until(lambda: waiter._bell is None, LIMIT, "the listener is closed")
@@ -364,3 +364,11 @@ def test_exceptions_under_another_interpreter_come_back_as_well(farm: Farm) -> N
 def test_a_failed_command_says_how(farm: Farm) -> None:
     with pytest.raises(CommandFailed, match="status 3"):
         aque.shell(["sh", "-c", "exit 3"]).get(timeout=LIMIT)
+
+
+def test_a_process_ends_whatever_it_has_begun_to_wait_for(own_farm: Farm) -> None:
+    program = (
+        "import aque; from aque.celery_app import app; from aque.farm import farm_of\n"
+        "task = aque.shell(['true']); kept = farm_of(app).waiter.wait([task.number]); next(kept)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], env=own_farm.environment, cwd=ROOT, timeout=LIMIT, check=True)

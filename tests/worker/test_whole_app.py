@@ -81,7 +81,7 @@ def test_routes_lead_to_queues(farm: Farm, whole: ModuleType) -> None:
     assert whole.routed.apply_async(queue="celery").get(timeout=LIMIT) == "celery"
     client = farm.client()
     farm.workers[0].wait_until_it_answers(client)
-    client.control.add_consumer("special", reply=True, timeout=10)
+    client.control.add_consumer("special", reply=True, timeout=10, limit=1)
     assert waiting.get(timeout=LIMIT) == "special"
 
 
