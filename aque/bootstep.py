@@ -12,6 +12,7 @@ import atexit
 import logging
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 #: So long an embedded worker waits for the supervisors' server to end, which it does at once.
 SERVER_SECONDS = 5.0
+#: So long a stopping worker waits for the broker's answer to each channel that it closes.
+CLOSE_SECONDS = 2.0
 
 
 class WorkerStep(bootsteps.StartStopStep):
@@ -132,6 +135,10 @@ class ConsumerStep(bootsteps.StartStopStep):
         consumer.event_dispatcher = dispatcher
         self._serve(consumer, aque)
 
+    def stop(self, consumer: Any) -> None:
+        """Before Celery closes its channels."""
+        _bound_closing(consumer.connection)
+
     def _serve(self, consumer: Any, aque: AqueWorker) -> None:
         if consumer.task_consumer is not None:
             aque.serve(frozenset(queue.name for queue in consumer.task_consumer.queues))
@@ -156,6 +163,16 @@ def _look_up_from_waiting(connection: Any) -> None:
         return drain_events(timeout=None if timeout is None else min(timeout, 0.01 if stops else 0.2))
 
     connection.drain_events = drain
+
+
+def _bound_closing(connection: Any) -> None:
+    """RabbitMQ's client waits without end for the answer to each channel that it closes, and a worker would not obey TERM when
+    none comes: seen after the broker had been away."""
+    client = getattr(connection, "_connection", None)  # not the property, which would connect
+    sock = getattr(getattr(client, "transport", None), "sock", None)
+    if sock is not None:
+        with suppress(OSError):  # it is closed
+            sock.settimeout(CLOSE_SECONDS)
 
 
 def _survive_closing(connection: Any) -> None:
