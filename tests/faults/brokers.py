@@ -24,6 +24,7 @@ from tests.worker.brokers import BROKERS, Brokered, served
 
 #: How long what comes after an outage may take.
 LIMIT = 60.0
+REDELIVERED_SECONDS = 30.0
 ORDINARY = 10
 
 
@@ -36,19 +37,21 @@ class Report:
     survived: bool  #: what ran before it ended as it should
     control_seconds: float  #: after it, until remote control answered
     ordinary_seconds: float  #: after it, until all ordinary tasks of before had run
-    lost: int  #: tasks that did not run
+    lost: int  #: tasks of the table that did not run
+    #: ordinary ones; Redis may have taken one off its list for a connection that died, and then kombu has it nowhere
+    ordinary_lost: int
     twice: int  #: tasks of the table that ran more than once
     ordinary_twice: int  #: ordinary tasks that ran more than once: Celery promises at least once, no more
 
     def row(self) -> str:
         return (
             f"{self.broker:16}{self.meanwhile:>10}{'yes' if self.survived else 'NO':>10}{self.control_seconds:>10.1f}"
-            f"{self.ordinary_seconds:>10.1f}{self.lost:>6}{self.twice:>7}{self.ordinary_twice:>16}"
+            f"{self.ordinary_seconds:>10.1f}{self.lost:>6}{self.ordinary_lost:>11}{self.twice:>7}{self.ordinary_twice:>16}"
         )
 
     HEADER = (
-        f"{'broker':16}{'meanwhile':>10}{'survived':>10}{'control s':>10}{'plain s':>10}{'lost':>6}{'twice':>7}"
-        f"{'plain twice':>16}"
+        f"{'broker':16}{'meanwhile':>10}{'survived':>10}{'control s':>10}{'plain s':>10}{'lost':>6}"
+        f"{'plain lost':>11}{'twice':>7}{'plain twice':>16}"
     )
 
 
@@ -115,7 +118,7 @@ def outage(on: Brokered, directory: Path, seconds: float) -> Report:
         return sum(1 for line in noted() if line.startswith("plain-")) == ORDINARY
 
     with suppress(AssertionError):
-        wait_until(all_noted, LIMIT)
+        wait_until(all_noted, REDELIVERED_SECONDS)
     ordinary_seconds = time.monotonic() - began
     for task in ours:
         on.farm.wait_for_state(task, "success")
@@ -123,7 +126,7 @@ def outage(on: Brokered, directory: Path, seconds: float) -> Report:
     ends = [on.farm.wait_for_state(task, "success", "error") for task in long_ones]
     assert client.send_task("tests.worker.ordinary.multiply", (2, 3)).get(timeout=LIMIT) == 6
     lines = noted()
-    wanted = [f"ours-{n}" for n in range(10)] + [f"plain-{n}" for n in range(ORDINARY)]
+    wanted = [f"ours-{n}" for n in range(10)]
     wanted += [f"more-{n}" for n in range(0, meanwhile, 2)]
     plain_again = sum(count - 1 for line, count in lines.items() if line.startswith("plain-"))
     return Report(
@@ -133,6 +136,7 @@ def outage(on: Brokered, directory: Path, seconds: float) -> Report:
         control_seconds,
         ordinary_seconds,
         sum(1 for line in wanted if not lines[line]),
+        sum(1 for n in range(ORDINARY) if not lines[f"plain-{n}"]),
         sum(lines.values()) - len(lines) - plain_again,
         plain_again,
     )
