@@ -83,14 +83,12 @@ class _SentEvents(EventQueue):
     enabled = True
 
 
-_sent_events: dict[tuple[int, int, str], _SentEvents] = {}
-
-
 def _events_of(app: Celery) -> _SentEvents:
-    """A process's own: threads do not outlive a fork."""
-    key = (os.getpid(), id(app), str(app.conf.broker_write_url))
-    if key not in _sent_events:
-        queue = _sent_events[key] = _SentEvents(app, anon_nodename(), lambda ids: {})
+    """A process's own, and of each broker that the app has had: threads do not outlive a fork."""
+    known: dict[tuple[int, str], _SentEvents] = vars(app).setdefault("aque_sent_events", {})
+    key = (os.getpid(), str(app.conf.broker_write_url))
+    if key not in known:
+        queue = known[key] = _SentEvents(app, anon_nodename(), lambda ids: {})
         queue.start()
         atexit.register(queue.stop, EVENTS_SECONDS)
-    return _sent_events[key]
+    return known[key]

@@ -10,9 +10,9 @@ from aque import codec
 from aque.announcements import Announcement, is_wanted
 from aque.celery_options import options_of
 from aque.errors import BadInput, NotSubmittable
-from aque.handles import DEPENDENCY_OPTIONS, edges_of, parse_rate
 from aque.naming import name_of
 from aque.submitter import Options, Submitter
+from aque.task_options import DEPENDENCY_OPTIONS, edges_of
 from aque.values import Children, Condition, Dependency, TaskSpec
 
 
@@ -66,8 +66,6 @@ def spec_of_call(
         raise BadInput(
             f"{name} goes to every worker, which a task of a graph cannot. Nothing was submitted: send it alone."
         )
-    if limit := getattr(task, "rate_limit", None):
-        given["extra"] = {**given.get("extra", {}), "rate_limit": parse_rate(limit)}
     if errbacks:
         given["extra"] = {**given.get("extra", {}), "errbacks": codec.plain("an error callback", list(errbacks))}
     if callable(given.get("io_paths")):

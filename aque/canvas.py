@@ -20,8 +20,9 @@ from aque.calls import check_id, is_ours, spec_of_call, takes_all
 from aque.codec import Failure, Reference
 from aque.errors import BadInput
 from aque.graphs import Ids, open_graph
-from aque.handles import TASK_OPTIONS, GroupHandle, Handle, backend_of, submitter_of
+from aque.handles import GroupHandle, Handle, backend_of, submitter_of
 from aque.submitter import Options, Submitter
+from aque.task_options import TASK_OPTIONS
 from aque.values import Condition, Dependency, Replacement, TaskSpec
 
 #: The task that passes on what it gets: Celery has it in every app.

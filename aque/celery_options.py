@@ -15,7 +15,7 @@ from kombu.entity import Exchange, Queue
 
 from aque import codec
 from aque.errors import BadInput
-from aque.handles import DEPENDENCY_OPTIONS, TASK_OPTIONS, known_options, parse_rate
+from aque.task_options import DEPENDENCY_OPTIONS, TASK_OPTIONS, known_options, parse_rate
 
 #: Celery's options of a task and of a call that a row has its own place for, under other names or none.
 TRANSLATED = frozenset(

@@ -41,8 +41,6 @@ class Task(CeleryTask):
         Raises NotSubmittable for what no worker could load, BadInput for an option that cannot work; then nothing was
         submitted.
         """
-        for of_messages in ("producer", "headers"):  # which `celery beat` gives
-            options.pop(of_messages, None)
         app = self._get_app()
         if app.conf.task_always_eager:
             return self.apply(args, kwargs, task_id=task_id, **canvas.eager_options(options))

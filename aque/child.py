@@ -4,7 +4,6 @@ Only plain bytes and texts go back to the worker: it never unpickles or imports 
 """
 
 import difflib
-import importlib
 import os
 import resource
 import traceback
@@ -17,12 +16,11 @@ from typing import Any
 from celery import Celery, Task, current_app
 from celery.app.trace import build_tracer
 from celery.exceptions import Ignore, Reject
-from celery.local import Proxy
 from celery.result import allow_join_result
 
-from aque import codec, contain, current
+from aque import codec, contain, current, naming
 from aque.states import Reason
-from aque.within import Again, Replaced, adopt
+from aque.within import Replaced, TryAgain, adopt
 
 #: How it ended, then what of it, then seconds:
 #: "success", (encoded result or None, its repr for events); "error", (reason, encoded error);
@@ -66,15 +64,10 @@ def _registered(name: str, app: Celery) -> Task:
 
 
 def _imported(function: str, app: Celery) -> Task:
-    module_name, _, qualname = function.partition(":")
     try:
-        target: Any = importlib.import_module(module_name)
-        for part in qualname.split("."):
-            target = getattr(target, part)
+        target = naming.find(function)
     except Exception as error:
         raise CannotImport(f"cannot load {function}: {type(error).__name__}: {error}") from error
-    if isinstance(target, Proxy):
-        target = target._get_current_object()
     if not callable(target):
         raise CannotImport(f"cannot load {function}: it is no function but a {type(target).__name__}")
     if isinstance(target, Task):
@@ -192,17 +185,19 @@ def _run(
     try:
         task = load(function, current_app._get_current_object())
     except CannotImport as error:
-        text = f"{error}. The worker imports from its own path only; the submitter's was {':'.join(import_path)}"
+        text = str(error)
+        if not function.startswith("@"):
+            text += f". The worker imports from its own path only; the submitter's was {':'.join(import_path)}"
         return _error(Reason.CANNOT_IMPORT, codec.encode_error("ImportError", text), monotonic() - began)
     try:
         args, kwargs = codec.decode_arguments(arguments, results)
     except Exception as error:
         encoded = codec.encode_error(type(error).__name__, f"cannot decode the arguments: {error}")
         return _error(Reason.EXCEPTION, encoded, monotonic() - began)
-    asks: list[Again] = []
+    asks: list[TryAgain] = []
     request.update(args=args, kwargs=kwargs, is_eager=False, aque_asks=asks)
     try:
-        with allow_join_result():  # who waits in a task holds no place: see `within.waiting`
+        with allow_join_result():  # who waits in a task holds no place: see `within.giving_way`
             value, info, _, shown = task.__trace__(uuid, args, kwargs, request)
     except SystemExit as error:  # the task's own doing: the child, which others need, goes on
         if isinstance(error.code, int) and -256 < error.code < 0:
@@ -229,7 +224,7 @@ def _not_succeeded(info: Any, value: Any, seconds: float) -> Answer:
         new = raised.replacement
         pairs = [(d.upstream, str(d.condition)) for d in new.dependencies]
         return "replaced", (new.name, new.function, new.arguments, new.inputs, pairs, new.class_id), seconds
-    if isinstance(raised, Again):
+    if isinstance(raised, TryAgain):
         return _again(raised, trace, seconds)
     if isinstance(raised, Reject) and raised.requeue:
         return "again", (0.0, None, False, codec.encode_error("", "rejected and requeued", trace)), seconds
@@ -240,7 +235,7 @@ def _not_succeeded(info: Any, value: Any, seconds: float) -> Answer:
     return _error(Reason.EXCEPTION, codec.encode_exception(raised, trace), seconds)
 
 
-def _again(again: Again, trace: str, seconds: float) -> Answer:
+def _again(again: TryAgain, trace: str, seconds: float) -> Answer:
     if isinstance(again.exc, BaseException):
         error = codec.encode_exception(again.exc, trace)
     else:

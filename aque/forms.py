@@ -11,9 +11,10 @@ from aque.celery_app import app_in_use, graph
 from aque.errors import BadInput
 from aque.futures import Future
 from aque.graphs import open_graph, submit_or_add
-from aque.handles import Handle, backend_of, id_of, submitter_of
+from aque.handles import Handle, backend_of, submitter_of
 from aque.named_calls import NamedCall, checked
 from aque.submitter import Options
+from aque.task_options import id_of
 from aque.values import OWN_INTERPRETER, Condition, Dependency
 
 #: In place of an initial value that may be anything.

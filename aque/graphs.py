@@ -7,8 +7,9 @@ from typing import Any
 from celery import Celery
 
 from aque.errors import BadInput
-from aque.handles import Handle, backend_of, condition_of, id_of, submitter_of
+from aque.handles import Handle, backend_of, submitter_of
 from aque.submitter import Options, Submitter
+from aque.task_options import condition_of, id_of
 from aque.values import Condition, Dependency, TaskSpec
 
 

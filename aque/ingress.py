@@ -25,11 +25,11 @@ from celery.worker.strategy import proto1_to_proto2
 from aque import codec
 from aque.backend import Backend
 from aque.errors import AqueError, BadInput, StoreError
-from aque.handles import DEPENDENCY_OPTIONS, edges_of, known_options
 from aque.naming import name_of
 from aque.settings import Settings
 from aque.store import DatabaseError, is_data_error
 from aque.submitter import Options, Submitter
+from aque.task_options import DEPENDENCY_OPTIONS, edges_of, known_options
 from aque.values import TaskSpec
 
 if TYPE_CHECKING:

@@ -101,7 +101,7 @@ class _Row:
             **(task.extra.get("headers") or {}),
             "id": uuid,
             "task": task.name,
-            "ignore_result": True,  # the child must not touch any backend; see `start_function` for the task's wish
+            "ignore_result": True,  # the child must not touch any backend; see `_request_dict` for the task's wish
             "lang": "py",
             "retries": task.failed,
             "stamps": task.extra.get("stamps") or {},

@@ -30,7 +30,7 @@ class Replaced(Ignore):
         self.replacement = replacement
 
 
-class Again(Retry):
+class TryAgain(Retry):
     """Raised in a task: it asks for another attempt after so many seconds, with `arguments` (None: the same)."""
 
     def __init__(
@@ -83,7 +83,7 @@ def retry(
     if args is not None or kwargs is not None:
         new = task.signature_from_request(request, args, kwargs)
         arguments, _ = codec.encode_arguments(new.args, new.kwargs)
-    again = Again(exc, eta or countdown, _seconds_until(eta) if eta else max(0.0, countdown or 0.0), arguments)
+    again = TryAgain(exc, eta or countdown, _seconds_until(eta) if eta else max(0.0, countdown or 0.0), arguments)
     if throw:
         raise again
     request.aque_asks.append(again)

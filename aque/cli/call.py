@@ -96,7 +96,7 @@ def _options_of(found: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str
     none of any other function."""
     if "aque.celery_app" not in sys.modules:  # so it is not a task of Aque
         return {}
-    from aque.handles import TASK_OPTIONS
+    from aque.task_options import TASK_OPTIONS
 
     given = {name: value for name in TASK_OPTIONS if (value := getattr(found, name, None)) is not None}
     if "io" in given:

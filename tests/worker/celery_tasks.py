@@ -172,3 +172,8 @@ def replace_by_the_impossible(self: Any) -> None:
 @aque.task(bind=True)
 def replace_by_what_it_waited_for(self: Any, upstream: int) -> None:
     self.replace(value.s(5).set(depends_on=[upstream]))
+
+
+@aque.task(bind=True)
+def headers(self: Any) -> dict[str, Any]:
+    return dict(self.request.headers or {})

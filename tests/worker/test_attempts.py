@@ -259,6 +259,10 @@ def test_a_rate_limit_spreads_the_starts_of_a_name(farm: Farm) -> None:
     assert started[-1] - started[0] >= 0.25  # ten a second, and each may start a little late
 
 
+def test_a_task_sees_the_headers_of_its_call(farm: Farm) -> None:
+    assert tasks.headers.apply_async(headers={"trace": "x-1"}).get(timeout=LIMIT) == {"trace": "x-1"}
+
+
 def test_a_call_that_is_repeated_under_its_celery_id_is_the_same_task(farm: Farm) -> None:
     first = tasks.value.apply_async((1,), task_id="once")
     again = tasks.value.apply_async((1,), task_id="once")
