@@ -66,8 +66,10 @@ def routed(
 
     None in its place: it is a broadcast, which every worker would get; one row cannot be that. Raises BadInput.
     """
-    router = options.get("router") or Router(app.amqp.routes, _Known(app), app=app)
     asked = {key: value for key, value in options.items() if value is not None}
+    if not app.amqp.routes and ROUTING.isdisjoint(asked):  # the usual case: nothing for a router to decide
+        return {**asked, "queue": _one_of(app.amqp.queues[app.conf.task_default_queue])}
+    router = options.get("router") or Router(app.amqp.routes, _Known(app), app=app)
     try:
         route = dict(router.route(asked, options.get("route_name") or name, args, kwargs or {}, task))
     except QueueNotFound as error:
@@ -80,8 +82,12 @@ def routed(
         queue = app.amqp.queues[queue]
     if exchange and key:  # as Celery's publisher: both of them, or the queue
         queue = _bound(app, str(getattr(exchange, "name", exchange)), str(key))
-    is_broadcast = queue.exchange is not None and queue.exchange.type == "fanout"
-    return {**route, "queue": None if is_broadcast else str(queue.name)}
+    return {**route, "queue": _one_of(queue)}
+
+
+def _one_of(queue: Queue) -> str | None:
+    """The name of a queue whose messages go to one worker each; None for a broadcast."""
+    return None if queue.exchange is not None and queue.exchange.type == "fanout" else str(queue.name)
 
 
 def _bound(app: Celery, exchange: str, routing_key: str) -> Queue:

@@ -732,9 +732,9 @@ class Scheduler:
         self._writing = Batch()
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
         self._back_off([o for o in batch.outcomes if o.host_failure], finished.elsewhere)
-        self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
-        if batch.outcomes:
+        if batch.outcomes:  # before what was released starts: that it was ready is told first
             self._on_written(batch.outcomes, finished)
+        self._after_commit(connection, finished, reserved, started, buffered, bool(returned))
 
     def _finish_alone(self, connection: Any, batch: Batch) -> bool:
         """Record a lone success, without the two round trips of a transaction. False: nothing was written."""

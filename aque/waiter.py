@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from aque.doorbell import DONE, Doorbell
+from aque.errors import StoreUnreachable
 from aque.store import Store
 
 T = TypeVar("T")
@@ -201,8 +202,13 @@ class Waiter(Generic[T]):
 
     def _listen(self) -> None:
         if self._bell is None:
-            with self._store.connect():  # raises StoreUnreachable where the doorbell raises the database's own errors
-                self._bell = Doorbell(self._store.engine, [DONE])
+            try:
+                with (
+                    self._store.connect()
+                ):  # raises StoreUnreachable where the doorbell raises the database's own errors
+                    self._bell = Doorbell(self._store.engine, [DONE])
+            except ConnectionResetError as error:  # the server went away just now
+                raise StoreUnreachable(f"cannot wait: {error}. The tasks go on.") from error
 
     def _hear(self, until: float) -> bool:
         """Wait for a ring; False: none came until then."""

@@ -16,7 +16,7 @@ from aque.store.limits import LimitRow
 from aque.store.recording import SWITCHED_OFF
 from aque.store.refusals import Refusal
 from aque.store.retention import Ages, Removed, Sizes
-from aque.store.store import (
+from aque.store.rows import (
     Call,
     Finding,
     Finished,
@@ -26,12 +26,10 @@ from aque.store.store import (
     KnownCall,
     Orders,
     Released,
-    Store,
     StoredResult,
     WorkerRow,
-    open_store,
-    unchecked_store,
 )
+from aque.store.store import Store, open_store, unchecked_store
 from aque.store.transitions import CursorRow, Transition
 
 __all__ = [

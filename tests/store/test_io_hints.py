@@ -9,8 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from aque import settings
-from aque.store import Store
-from aque.store import store as store_module
+from aque.store import Store, submissions
 from aque.store.tables import payload, requirement, task
 from aque.submitter import Options, Submitter
 from aque.values import TaskSpec
@@ -124,7 +123,7 @@ def test_copies_of_a_command_with_other_words_have_the_paths_of_their_own_words(
 def test_on_a_crowded_farm_new_classes_have_mount_points_for_places(
     submitter: Submitter, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MOST_CLASSES", 3)
+    monkeypatch.setattr(submissions, "MOST_CLASSES", 3)
     for n in range(6):
         (here / str(n)).mkdir()
         (here / str(n) / "f").touch()
@@ -141,7 +140,7 @@ def test_on_a_crowded_farm_new_classes_have_mount_points_for_places(
 def test_classes_without_ready_tasks_do_not_make_a_farm_crowded(
     submitter: Submitter, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MOST_CLASSES", 1)
+    monkeypatch.setattr(submissions, "MOST_CLASSES", 1)
     (here / "f").touch()
     for n in range(4):
         submit(submitter, ["gzip", "f"], queue=f"q{n}")

@@ -355,7 +355,7 @@ def test_a_submitter_looks_an_old_class_up_again(store: Store, monkeypatch: pyte
     forget_tasks(store)
     with store.begin() as connection:
         connection.execute(sa.delete(requirement))
-    monkeypatch.setattr("aque.store.store.KNOWN_SECONDS", 0)
+    monkeypatch.setattr("aque.store.submissions.KNOWN_SECONDS", 0)
     submit_one(store)  # and the doctor finds its class
     assert count(store, requirement) == 1
 
@@ -370,7 +370,9 @@ def test_an_environment_that_no_task_has_goes_when_nobody_can_refer_to_it_any_mo
         connection.execute(sa.update(environment).values(id="abc-17"))
     assert store.retention.clean_shared(TASKS).environments == 1
     week_later = module.WEEK_SECONDS
-    monkeypatch.setattr("aque.store.store.environment_id", lambda digest, now: f"{digest}-{int(now // week_later) + 1}")
+    monkeypatch.setattr(
+        "aque.store.submissions.environment_id", lambda digest, now: f"{digest}-{int(now // week_later) + 1}"
+    )
     submit_one(store, environment=b"A=1\0")
     assert count(store, environment) == 1
 
