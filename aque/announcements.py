@@ -21,7 +21,15 @@ def is_heard() -> bool:
 
 def is_wanted(app: Celery) -> bool:
     """True if anything is to be told of calls of this app's tasks."""
-    return bool(is_heard() or app.conf.task_send_sent_event)
+    return is_heard() or _sends_events(app)
+
+
+def _sends_events(app: Celery) -> bool:
+    """As Celery's own publisher, which reads the setting once."""
+    known: dict[str, Any] = vars(app.amqp)
+    if "aque_sends_events" not in known:
+        known["aque_sends_events"] = bool(app.conf.task_send_sent_event)
+    return bool(known["aque_sends_events"])
 
 
 class Announcement:
@@ -73,7 +81,7 @@ class Announcement:
         """Tell that the call was made."""
         told = {"exchange": "", "routing_key": self._queue}
         signals.after_task_publish.send(sender=self._name, body=self._message.body, headers=self._headers, **told)
-        if self._app.conf.task_send_sent_event:
+        if _sends_events(self._app):
             _events_of(self._app).send("task-sent", **self._message.sent_event, queue=self._queue, **told)
 
 

@@ -68,7 +68,7 @@ def routed(
     """
     asked = {key: value for key, value in options.items() if value is not None}
     if not app.amqp.routes and ROUTING.isdisjoint(asked):  # the usual case: nothing for a router to decide
-        return {**asked, "queue": _one_of(app.amqp.queues[app.conf.task_default_queue])}
+        return {**asked, "queue": _one_of(app.amqp.default_queue)}
     router = options.get("router") or Router(app.amqp.routes, _Known(app), app=app)
     try:
         route = dict(router.route(asked, options.get("route_name") or name, args, kwargs or {}, task))

@@ -471,8 +471,9 @@ class Submitter:
         """The task that this code is part of, if it belongs to the same farm."""
         own = current.variables()
         task_id = own.get("AQUE_TASK_ID", "")
-        same_farm = own.get("AQUE_BROKER", "") == self.settings.to_url()
-        return int(task_id) if task_id.isdecimal() and same_farm else None
+        if not task_id.isdecimal() or own.get("AQUE_BROKER", "") != self.settings.to_url():
+            return None
+        return int(task_id)
 
     def _inherited(self, parent_id: int) -> Inherited | None:
         """What children of this task have of it unless they say otherwise; it is read once. User, working directory and
@@ -644,11 +645,12 @@ class _Placed(dict[tuple[Requirement, tuple[bytes, ...]], Requirement]):
 
 def _umask() -> int:
     """This process's umask, without the moment of another one that asking os.umask would cost other threads."""
-    with open("/proc/self/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"Umask:"):
-                return int(line.split()[1], 8)
-    return 0o022
+    status = os.open("/proc/self/status", os.O_RDONLY)  # a third of the time of a file object, for each function
+    try:
+        _, found, rest = os.read(status, 4096).partition(b"\nUmask:")
+    finally:
+        os.close(status)
+    return int(rest.split(None, 1)[0], 8) if found else 0o022
 
 
 def _text(what: str, value: str) -> str:
