@@ -57,6 +57,11 @@ def wait_until(condition: Callable[[], Result], limit: float = 60, what: str = "
     return value
 
 
+def text_of(path: Path, limit: float = 60) -> str:
+    """What somebody writes to the file, as soon as there is any: a file exists before its first byte is in it."""
+    return wait_until(lambda: path.exists() and path.read_text(), limit, f"something is written to {path}")
+
+
 class Guarded:
     """A process that ends with this one, however this one ends (an interrupt, a time limit, kill -9).
 

@@ -27,7 +27,7 @@ from celery.contrib.testing.app import setup_default_app
 from celery.contrib.testing.worker import start_worker
 
 import aque
-from tests.servers import wait_until
+from tests.servers import text_of, wait_until
 from tests.worker import tasks
 
 PR_GET_CHILD_SUBREAPER = 37
@@ -71,8 +71,7 @@ def _cycle(pool: str, cycle: int, directory: Path) -> None:
 def _kill_child(path: Path) -> None:
     """Kill a child of the pool in the middle of a task, which then runs once more."""
     task = tasks.started.delay(str(path), str(path) + ".gate")
-    wait_until(path.exists, 30, "it runs")
-    os.kill(int(path.read_text().split()[1]), signal.SIGKILL)
+    os.kill(int(text_of(path, 30).split()[1]), signal.SIGKILL)
     Path(f"{path}.gate").touch()
     assert task.get(timeout=30) == 2
 

@@ -16,7 +16,7 @@ from celery import Celery
 
 import aque
 from aque.errors import TaskCancelled, TaskKilled
-from tests.servers import PostgreSQL, Redis, free_port, wait_until
+from tests.servers import PostgreSQL, Redis, free_port, text_of, wait_until
 from tests.worker import tasks
 from tests.worker.conftest import ON_EVERY_BROKER
 from tests.worker.farm import LIMIT_SECONDS, ROOT, Farm, processes_with
@@ -70,7 +70,7 @@ def test_inspect_active_shows_running_functions_and_commands(farm: Farm, client:
     wait_until(lambda: {function.id, command.id} <= active().keys(), LIMIT, "both are shown")
     shown = active()
     assert shown[function.id]["name"] == tasks.started.name
-    assert shown[function.id]["worker_pid"] == int((tmp_path / "started").read_text().split()[-1])
+    assert shown[function.id]["worker_pid"] == int(text_of(tmp_path / "started", LIMIT).split()[-1])
     assert shown[command.id]["args"][0] == "sh"
     gate.touch()
     function.get(timeout=LIMIT)
