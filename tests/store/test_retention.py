@@ -181,6 +181,17 @@ def test_a_member_of_a_job_that_something_needs_keeps_the_whole_job(store: Store
     assert len(states(store)) == 5
 
 
+def test_a_member_that_came_while_its_job_was_removed_goes_too(store: Store) -> None:
+    job, member = ended(store, 2)
+    make_older(store, 91, [job])
+    assert store.retention.clean(TASKS).tasks == 1
+    with store.begin() as connection:
+        connection.execute(sa.update(task).where(task.c.id == member).values(job_id=job))
+    make_older(store, 91, [member])
+    assert store.retention.clean(TASKS).tasks == 1
+    assert states(store) == {}
+
+
 def test_a_child_stays_as_long_as_its_parent_has_not_ended(store: Store) -> None:
     parent, child = ids(store, 2)
     submit(store, [replace(SPEC, id=parent), replace(SPEC, id=child, parent_id=parent)])

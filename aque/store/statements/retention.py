@@ -109,8 +109,11 @@ def _between(column: Any) -> sa.ColumnElement[bool]:
 
 @cache
 def window() -> Statement:
-    """The first `limit` tasks with ids between `after` and `below`, and whether each is a job that ended before `before`."""
-    is_old_job = sa.and_(task.c.job_id == task.c.id, _is_over())
+    """The first `limit` tasks with ids between `after` and `below`, and whether each is a job that ended before `before`. So is
+    a member without its job: it was submitted while that was being removed."""
+    job = task.alias("job")
+    has_job = sa.exists().where(job.c.id == task.c.job_id).correlate(task)
+    is_old_job = sa.and_(sa.or_(task.c.job_id == task.c.id, sa.not_(has_job)), _is_over())
     return (
         sa.select(task.c.id, is_old_job.label("is_old_job"))
         .where(_between(task.c.id))
