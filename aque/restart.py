@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 
 from aque import launch, protocol, server, supervisor, title
 from aque.assignments import Assigned
-from aque.commands import Command, OtherUser
 from aque.durations import Runs
 from aque.resources import Capacity
 from aque.store import Kill
+from aque.supervised import Command, OtherUser
 from aque.values import ClaimedTask, Outcome, Redirections, Usage
 
 logger = logging.getLogger(__name__)

@@ -26,12 +26,13 @@ from celery.worker.request import Request
 from aque import child, codec, contain, identity, machine, sandbox
 from aque.assignments import NOTHING, Assigned, Assignments
 from aque.chooser import Place, is_own, runs_in_pool
-from aque.commands import Callbacks, Command, CommandRunner, Ended, OtherUser
+from aque.commands import Callbacks, CommandRunner
 from aque.commands import Running as RunningCommand
 from aque.inprocess import InProcess
 from aque.resources import Capacity, format_cpus
 from aque.settings import Settings
 from aque.states import Reason, State
+from aque.supervised import Command, Ended, OtherUser
 from aque.taskserver import TaskServer
 from aque.values import (
     OWN_INTERPRETER,
