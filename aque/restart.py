@@ -44,7 +44,7 @@ def _format() -> str:
     parts = (ClaimedTask, Redirections, Outcome, Usage, Runs, Kill, Capacity, Assigned, Command, OtherUser)
     spoken = [zlib.crc32(Path(module.__file__ or "").read_bytes()) for module in (protocol, supervisor, server, launch)]
     return f"3 {spoken} " + " ".join(
-        f"{part.__name__}({','.join(field.name for field in fields(part))})" for part in parts
+        f"{part.__module__}.{part.__name__}({','.join(field.name for field in fields(part))})" for part in parts
     )
 
 
