@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import Task as CeleryTask
 
-from aque import canvas, within
+from aque import canvas, replacing, within
 from aque.backend import Backend
 from aque.handles import Handle, backend_of
 
@@ -50,8 +50,8 @@ class Task(CeleryTask):
 
     retry = within.retry
     update_state = within.update_state
-    replace = canvas.replace
-    add_to_chord = canvas.add_to_chord
+    replace = replacing.replace
+    add_to_chord = replacing.add_to_chord
 
     @property
     def backend(self) -> Backend:
