@@ -32,7 +32,6 @@ from aque.signatures import (
     task_of,
 )
 from aque.submitter import Options, Submitter
-from aque.task_options import TASK_OPTIONS
 from aque.values import Condition, Dependency, TaskSpec
 
 
@@ -407,12 +406,6 @@ def submit_call(
     assert placed is not None
     handle: Handle = placed.result
     return handle
-
-
-def eager_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What Celery's `apply`, which calls a task in this process, takes of the options of a call."""
-    ours = {*TASK_OPTIONS, "depends_on", "after_any", "after_failed", "hints"} - {"priority", "queue", "expires"}
-    return {name: value for name, value in options.items() if name not in ours}
 
 
 # -- Celery's own way in ----------------------------------------------------------------------------------------------------
