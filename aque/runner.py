@@ -1,17 +1,13 @@
-"""run: a claimed task as a Celery request, in a child of the pool or as a supervised command; its end as an Outcome.
-
-Celery's own bookkeeping (`inspect active`, events, signals) sees every task of Aque as a request like any other.
-"""
+"""run: a claimed task in a child of the pool or as a supervised command; its end as an Outcome."""
 
 import errno
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -19,12 +15,11 @@ from typing import Any, Protocol
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import Celery
 from celery.signals import task_received
-from celery.utils.saferepr import saferepr
 from celery.worker import state as celery_state
-from celery.worker.request import Request
 
 from aque import child, codec, contain, identity, machine, sandbox
 from aque.assignments import NOTHING, Assigned, Assignments
+from aque.celery_request import Row, RowRequest
 from aque.chooser import Place, is_own, runs_in_pool
 from aque.commands import Callbacks, CommandRunner
 from aque.commands import Running as RunningCommand
@@ -49,10 +44,8 @@ from aque.values import (
 
 logger = logging.getLogger(__name__)
 
-#: Of the arguments, as events and `inspect` show them.
-SHOWN = 1024
-#: What stands for arguments that nobody is to see, see setting event_arguments.
-HIDDEN = "[hidden]"
+#: Of what is wrong with a host, in characters.
+WHY_SHOWN = 1024
 #: How a supervised command's end reads in the table.
 _REASONS = {
     "signal": Reason.SIGNAL,
@@ -84,63 +77,6 @@ class Announcer(Protocol):
 
     def hold(self, claim: tuple[int, int], uuid: str, details: Mapping[str, Any]) -> None:
         """An attempt has ended."""
-
-
-class _Row:
-    """A row where Celery's Request expects a message."""
-
-    content_type = "application/json"
-    content_encoding = "utf-8"
-
-    def __init__(self, task: ClaimedTask, shows_arguments: bool) -> None:
-        self.body = task.arguments
-        self.payload: tuple[Any, Any, dict[str, Any]] = (
-            shown_arguments(task.pattern, task.argv, task.arguments) if shows_arguments else (HIDDEN, HIDDEN, {})
-        )
-        uuid = task.celery_id or str(task.id)
-        self.headers = {
-            **(task.extra.get("headers") or {}),
-            "id": uuid,
-            "task": task.name,
-            "ignore_result": True,  # the child must not touch any backend; see `_request_dict` for the task's wish
-            "lang": "py",
-            "retries": task.failed,
-            "stamps": task.extra.get("stamps") or {},
-            "stamped_headers": task.extra.get("stamped_headers") or [],
-            "argsrepr": saferepr(self.payload[0], SHOWN) if shows_arguments else HIDDEN,
-            "kwargsrepr": saferepr(self.payload[1], SHOWN) if shows_arguments else HIDDEN,
-            "root_id": str(task.job_id),
-            "parent_id": None if task.parent_id is None else str(task.parent_id),
-            "timelimit": (task.time_limit_seconds, task.soft_time_limit_seconds),
-        }
-        self.delivery_info = {"routing_key": task.queue, "exchange": "", "redelivered": False}
-        self.properties = {"priority": task.priority, "correlation_id": uuid}
-
-
-class _Request(Request):
-    """A Celery request whose acknowledgement, revocation and end belong to the table."""
-
-    attempt: "Attempt"
-    acknowledged = True
-
-    def send_event(self, kind: str, **fields: Any) -> None:
-        """Name the state: to Celery's monitors one that they do not know, of `task-ready`, goes before STARTED."""
-        if kind == "task-started":
-            fields["state"] = "STARTED"
-        super().send_event(kind, **fields)
-
-    def revoked(self) -> bool:
-        """Never: a kill is in the row, and was looked up when the task was claimed."""
-        return False
-
-    def terminate(self, pool: Any, signal: Any = None) -> None:
-        """Celery's `revoke(terminate=True)` has already written the row (see `aque.panel`)."""
-
-    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """A lost broker connection is no reason to stop a task."""
-
-    def acknowledge(self) -> None:
-        """There is no message to acknowledge."""
 
 
 class Attempt:
@@ -662,10 +598,10 @@ class Runner:
             attempt.fail(error)
         return attempt
 
-    def request(self, task: ClaimedTask) -> "_Request":
+    def request(self, task: ClaimedTask) -> RowRequest:
         """The task as Celery sees it."""
-        return _Request(
-            _Row(task, self.settings.event_arguments),
+        return RowRequest(
+            Row(task, self.settings.event_arguments),
             app=self.app,
             hostname=self.hostname,
             eventer=self.eventer,
@@ -738,20 +674,9 @@ def host_failure(task: ClaimedTask, reason: Reason, ended: Ended) -> HostFailure
 
 def _host_failure(task: ClaimedTask, reason: Reason, why: str) -> HostFailure:
     # Databases store no NUL bytes and no lone surrogates as text.
-    text = why[:SHOWN].replace("\0", "\\x00").encode(errors="backslashreplace").decode()
+    text = why[:WHY_SHOWN].replace("\0", "\\x00").encode(errors="backslashreplace").decode()
     return HostFailure(task.class_id, task.job_id, reason, text)
 
 
 def _error(error: BaseException) -> bytes:
     return codec.encode_exception(error)
-
-
-def shown_arguments(pattern: Pattern, argv: Sequence[bytes], arguments: bytes) -> tuple[Any, Any, dict[str, Any]]:
-    """(args, kwargs, embedded) for Celery's eyes: decoded without kombu's types, which only the child needs."""
-    if pattern is Pattern.SHELL:
-        return [word.decode(errors="backslashreplace") for word in argv[:64]], {}, {}
-    try:
-        args, kwargs = json.loads(arguments)
-    except Exception:  # the child will say what is wrong with them
-        return [], {}, {}
-    return args, kwargs, {}
