@@ -50,7 +50,6 @@ class Row:
 class RowRequest(Request):
     """A Celery request whose acknowledgement, revocation and end belong to the table."""
 
-    attempt: Any  #: that it is the request of, see `runner.Attempt`
     acknowledged = True
 
     def send_event(self, kind: str, **fields: Any) -> None:

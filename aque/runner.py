@@ -96,7 +96,6 @@ class Attempt:
         self._next_byte = {1: 0, 2: 0}  #: of its output, by descriptor
         self._usage: Usage | None = None
         self.request = runner.request(task)
-        self.request.attempt = self
 
     @property
     def outlives_worker(self) -> bool:
@@ -411,7 +410,7 @@ class Attempt:
             self._end(State.ERROR, Reason(reason), error=error, seconds=seconds)
 
     def _time_limit_error(self) -> bytes:
-        return _error(TimeLimitExceeded(self.task.time_limit_seconds))
+        return codec.encode_exception(TimeLimitExceeded(self.task.time_limit_seconds))
 
     def _end_when_gone(self, end: Callable[[], None]) -> None:
         """A process that kept the attempt's others together has died: kill what it left before anything is recorded."""
@@ -443,7 +442,7 @@ class Attempt:
     def fail(self, error: Exception) -> None:
         """The attempt could not even be started."""
         logger.error("task %s could not be started: %s", self.task.id, error)
-        self._end(State.ERROR, Reason.EXCEPTION, error=_error(error))
+        self._end(State.ERROR, Reason.EXCEPTION, error=codec.encode_exception(error))
 
     def refuse(self, why: str) -> None:
         """This worker must not start it."""
@@ -676,7 +675,3 @@ def _host_failure(task: ClaimedTask, reason: Reason, why: str) -> HostFailure:
     # Databases store no NUL bytes and no lone surrogates as text.
     text = why[:WHY_SHOWN].replace("\0", "\\x00").encode(errors="backslashreplace").decode()
     return HostFailure(task.class_id, task.job_id, reason, text)
-
-
-def _error(error: BaseException) -> bytes:
-    return codec.encode_exception(error)
