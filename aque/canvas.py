@@ -19,6 +19,7 @@ from aque.codec import Failure, Reference
 from aque.errors import BadInput
 from aque.graphs import Ids, open_graph
 from aque.handles import GroupHandle, Handle, backend_of, submitter_of
+from aque.options import Options
 from aque.signatures import (
     copy_of,
     ends_in_group,
@@ -31,7 +32,7 @@ from aque.signatures import (
     takes_exception,
     task_of,
 )
-from aque.submitter import Options, Submitter
+from aque.submitter import Submitter
 from aque.values import Condition, Dependency, TaskSpec
 
 
