@@ -17,7 +17,7 @@ from aque.words import listed
 ENOUGH = 3
 #: The longest back-off, in first ones.
 LONGEST = 16
-#: There are so many sentences.
+#: Of what is avoided so many sentences are said, and how many more there are.
 SENTENCES = 10
 
 

@@ -58,8 +58,32 @@ class Options:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+def requirement_of(
+    options: Options, pattern: Pattern, user: str, default_queue: str, inherited: Requirement | None
+) -> Requirement:
+    """What a task needs: what is asked for, else what its parent's is. Raises BadInput."""
+    wanted = (
+        options.queue or (inherited.queue if inherited else "") or default_queue,
+        pattern,
+        options.cpus,
+        options.memory,
+        options.host or (inherited.host if inherited else ""),
+        options.platform or (inherited.platform if inherited else ""),
+        user,
+        options.interpreter,
+        _hashable(options.resources),
+        _hashable(options.limits),
+        options.tags or (inherited.tags if inherited else ""),
+        options.requires_paths or (inherited.requires_paths if inherited else ()),
+    )
+    try:
+        return _requirement(*wanted)
+    except TypeError:  # something that cannot be hashed, and that the check below has a sentence for
+        return _requirement.__wrapped__(*wanted)
+
+
 @lru_cache(maxsize=1024, typed=True)
-def read_requirement(
+def _requirement(
     queue: str,
     pattern: Pattern,
     cpus: str | float,
@@ -106,12 +130,12 @@ def parse_requirement(given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _mapping(amounts: Any) -> Any:
-    """What `hashable` was given."""
+    """What `_hashable` was given."""
     is_pairs = isinstance(amounts, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in amounts)
     return dict(amounts) if is_pairs else amounts
 
 
-def hashable(amounts: Any) -> Any:
+def _hashable(amounts: Any) -> Any:
     return tuple(amounts.items()) if isinstance(amounts, Mapping) else amounts
 
 

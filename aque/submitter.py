@@ -18,7 +18,6 @@ from aque.looks import FileSystems, Looks
 from aque.machine import user_name
 from aque.options import (
     Options,
-    hashable,
     read_children,
     read_duration,
     read_integer,
@@ -27,8 +26,8 @@ from aque.options import (
     read_moment,
     read_not_before,
     read_path,
-    read_requirement,
     read_text,
+    requirement_of,
 )
 from aque.resources import parse_limits
 from aque.settings import Settings
@@ -317,25 +316,10 @@ class Submitter:
             )
         parent_id = options.parent_id if options.parent_id is not None else self._parent()
         parent = None if parent_id is None else self._inherited(parent_id)
-        wanted = (
-            options.queue or (parent.requirement.queue if parent else "") or self.settings.default_queue,
-            pattern,
-            options.cpus,
-            options.memory,
-            options.host or (parent.requirement.host if parent else ""),
-            options.platform or (parent.requirement.platform if parent else ""),
-            self._user_of(options),
-            options.interpreter,
-            hashable(options.resources),
-            hashable(options.limits),
-            options.tags or (parent.requirement.tags if parent else ""),
-            options.requires_paths or (parent.requirement.requires_paths if parent else ()),
-        )
+        user = self._user_of(options)
         duration, relative_duration = read_duration(options.duration)
-        try:
-            requirement = read_requirement(*wanted)
-        except TypeError:  # something that cannot be hashed, and that the check below has a sentence for
-            requirement = read_requirement.__wrapped__(*wanted)
+        inherited = None if parent is None else parent.requirement
+        requirement = requirement_of(options, pattern, user, self.settings.default_queue, inherited)
         return TaskSpec(
             id=task_id,
             name=read_text("name", options.name or name),
