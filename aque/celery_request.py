@@ -31,7 +31,7 @@ class Row:
             **(task.extra.get("headers") or {}),
             "id": uuid,
             "task": task.name,
-            # The child must not touch any backend; see `runner.Attempt._request_dict` for the task's wish.
+            # The child must not touch any backend; see `attempt.Attempt._request_dict` for the task's wish.
             "ignore_result": True,
             "lang": "py",
             "retries": task.failed,
