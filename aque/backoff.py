@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from aque.words import listed
+
 #: So many refused tasks of a job, or jobs of a requirement class, stand for all of it.
 ENOUGH = 3
 #: The longest back-off, in first ones.
 LONGEST = 16
-#: A sentence names so many ids, and there are so many sentences.
-IDS_SHOWN = 5
+#: Of what is avoided so many sentences are said, and how many more there are.
 SENTENCES = 10
 
 
@@ -159,6 +160,4 @@ def _holds(wait: _Wait | None, now: float) -> bool:
 
 def _sentence(what: str, ids: list[int], why: str, until: str) -> str:
     noun, prefix = ("task", "") if what == "task" else ("job", what)
-    names = ", ".join(map(str, ids[:IDS_SHOWN]))
-    rest = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
-    return f"{prefix}{noun}{'s' if len(ids) > 1 else ''} {names}{rest}: {why} (until {until})"
+    return f"{prefix}{noun}{'s' if len(ids) > 1 else ''} {listed(ids)}: {why} (until {until})"

@@ -11,7 +11,8 @@ from aque.announcements import Announcement, is_wanted
 from aque.celery_options import options_of
 from aque.errors import BadInput, NotSubmittable
 from aque.naming import name_of
-from aque.submitter import Options, Submitter
+from aque.options import Options
+from aque.submitter import Submitter
 from aque.task_options import DEPENDENCY_OPTIONS, edges_of
 from aque.values import Children, Condition, Dependency, TaskSpec
 
@@ -51,7 +52,7 @@ def spec_of_call(
     errbacks: Sequence[Mapping[str, Any]] = (),
 ) -> TaskSpec:
     """A call of the task with this name, None: not known in this process, as a row. `after`: edges; `place`: fields of
-    `submitter.Options` that say where in a job it is. `announced` gets what is to be told once the row is written;
+    `options.Options` that say where in a job it is. `announced` gets what is to be told once the row is written;
     `errbacks` is what `self.replace` has to know of.
 
     Raises NotSubmittable for what no worker could load, BadInput for an option that cannot work, TypeError for arguments that

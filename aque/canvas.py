@@ -1,32 +1,39 @@
 """Celery's signatures as a graph: every task of a canvas becomes a row, what follows what an edge, in one submission."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 from celery import Celery
 from celery import Task as CeleryTask
 from celery.canvas import Signature, _basemap, _chain, _chord, chunks, group
-from celery.exceptions import ImproperlyConfigured
 from celery.local import Proxy
-from celery.utils.functional import arity_greater, maybe_list
+from celery.utils.functional import maybe_list
 from kombu.utils.uuid import uuid
 
-from aque import codec, within
 from aque.announcements import Announcement
 from aque.calls import check_id, is_ours, spec_of_call, takes_all
 from aque.codec import Failure, Reference
 from aque.errors import BadInput
 from aque.graphs import Ids, open_graph
 from aque.handles import GroupHandle, Handle, backend_of, submitter_of
-from aque.submitter import Options, Submitter
-from aque.task_options import TASK_OPTIONS
-from aque.values import Condition, Dependency, Replacement, TaskSpec
-
-#: The task that passes on what it gets: Celery has it in every app.
-ACCUMULATE = "celery.accumulate"
+from aque.options import Options
+from aque.signatures import (
+    copy_of,
+    ends_in_group,
+    errbacks_of,
+    members_of,
+    merged,
+    signature_of,
+    steps_of,
+    taken,
+    takes_exception,
+    task_of,
+)
+from aque.submitter import Submitter
+from aque.values import Condition, Dependency, TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +177,11 @@ class Builder:
         return answer
 
     def _part(self, sig: Any, lead: Lead, options: Mapping[str, Any], where: Where) -> Walk:
-        sig = _signature(sig, self.app)
+        sig = signature_of(sig, self.app)
         if isinstance(sig, _chain):
             return self._chain(sig, lead, options, where)
         if isinstance(sig, chunks):
-            return self._group(sig.group(), lead, _merged(sig.options, options), where)
+            return self._group(sig.group(), lead, merged(sig.options, options), where)
         if isinstance(sig, group):
             return self._group(sig, lead, options, where)
         if isinstance(sig, _chord):
@@ -182,7 +189,7 @@ class Builder:
         return self._task(sig, lead, options, where)
 
     def _task(self, sig: Signature, lead: Lead, options: Mapping[str, Any], where: Where) -> Walk:
-        wanted = _merged(sig.options, options)
+        wanted = merged(sig.options, options)
         celery_id = wanted.pop("task_id", None)
         row = self._takes_over.get(celery_id)
         celery_id = check_id(celery_id) if row is None else celery_id
@@ -208,7 +215,7 @@ class Builder:
             kwargs,
             wanted,
             dict(lead.after),
-            errbacks=[dict(_signature(errback, self.app)) for errback in errbacks],
+            errbacks=[dict(signature_of(errback, self.app)) for errback in errbacks],
         )
         self.nodes[node.id] = node
         handle = self._handle(node, lead.parent)
@@ -247,22 +254,22 @@ class Builder:
         self, errback: Any, failed: int, after: tuple[tuple[int, Condition], ...], shown: str, name: str, where: Where
     ) -> tuple[Any, Lead, Mapping[str, Any], Where]:
         """An error callback, as a part to place: it is told of the failure of `failed`, which Celery knows as `shown`."""
-        sig = _signature(errback, self.app)
+        sig = signature_of(errback, self.app)
         if "task_id" in sig.options:  # a callback of many tasks is a row for each of them
             sig = sig.clone()
             del sig.options["task_id"]
         parts = ("request", "exception", "traceback")
-        if _takes_exception(sig):
+        if takes_exception(sig):
             args: tuple[Any, ...] = tuple(Failure(failed, part, shown, name) for part in parts)
         else:
             args = (shown,)
         return sig, Lead(args, {}, after), {}, dataclasses.replace(where, is_spare=True)
 
     def _chain(self, sig: Any, lead: Lead, options: Mapping[str, Any], where: Where) -> Walk:
-        wanted = _merged(sig.options, options)
-        at_end = _taken(wanted, "task_id", "link")
-        everywhere = _taken(wanted, "link_error")
-        steps = _steps(sig, self.app)
+        wanted = merged(sig.options, options)
+        at_end = taken(wanted, "task_id", "link")
+        everywhere = taken(wanted, "link_error")
+        steps = steps_of(sig, self.app)
         if not sig.immutable:
             lead = dataclasses.replace(lead, args=lead.args + tuple(sig.args or ()))
         placed: Placed | None = None
@@ -279,9 +286,9 @@ class Builder:
         return placed
 
     def _group(self, sig: Any, lead: Lead, options: Mapping[str, Any], where: Where) -> Walk:
-        wanted = _merged(sig.options, options)
+        wanted = merged(sig.options, options)
         celery_id = check_id(wanted.pop("task_id", None))
-        return (yield from self._barrier(_members(sig.tasks, self.app), lead, wanted, where, celery_id))
+        return (yield from self._barrier(members_of(sig.tasks, self.app), lead, wanted, where, celery_id))
 
     def _barrier(
         self,
@@ -301,7 +308,7 @@ class Builder:
         results = []
         for seq, (member, own) in enumerate(members):
             place = dataclasses.replace(where, job_id=node.id, seq=seq)
-            placed = yield member, dataclasses.replace(lead, parent=None), _merged(own, options), place
+            placed = yield member, dataclasses.replace(lead, parent=None), merged(own, options), place
             if placed is not None:
                 node.members.append(placed.id)  # type: ignore[union-attr]
                 results.append(placed.result)
@@ -314,23 +321,23 @@ class Builder:
         return placed
 
     def _chord(self, sig: Any, lead: Lead, options: Mapping[str, Any], where: Where) -> Walk:
-        wanted = _merged(sig.options, options)
+        wanted = merged(sig.options, options)
         body = sig.kwargs.get("body")
         if body is None:
             raise BadInput("a chord needs a body: chord(header)(body). Nothing was submitted.")
-        body = _signature(body, self.app)
+        body = signature_of(body, self.app)
         header = sig.kwargs["header"]
         own_id, own_body_id = wanted.pop("task_id", None), body.options.get("task_id")
         # A frozen chord has its header's id, and its body one of its own.
         body_id = options.get("task_id") or own_body_id or own_id
         header_id = header.options.get("task_id") if isinstance(header, group) else None
         header_id = header_id or (own_id if own_id != body_id else None)
-        at_end = _taken(wanted, "link", "link_error")
-        at_start = _taken(wanted, "countdown", "eta")
+        at_end = taken(wanted, "link", "link_error")
+        at_start = taken(wanted, "countdown", "eta")
         args = lead.args if sig.immutable else lead.args + tuple(sig.args or ())
         first = dataclasses.replace(lead, args=args, kwargs={**(sig.kwargs.get("kwargs") or {}), **lead.kwargs})
         tasks = header.tasks if isinstance(header, (group, _chain)) else header
-        members = _members(tasks, self.app)
+        members = members_of(tasks, self.app)
         barrier = yield from self._barrier(members, first, {**wanted, **at_start}, where, header_id)
         if barrier is None:
             after = Lead(([],), {}, lead.after, lead.parent or GroupHandle(header_id or uuid(), [], app=self.app))
@@ -342,168 +349,9 @@ class Builder:
             # A header that fails is a failure of its body, which then never runs. What the header itself waited for
             # must have succeeded: that it did not is told to others.
             failed = ((barrier.id, Condition.FAILED), *((i, c) for i, c in lead.after if c is Condition.OK))
-            for errback in _errbacks(body, at_end.get("link_error"), self.app):
+            for errback in errbacks_of(body, at_end.get("link_error"), self.app):
                 yield self._errback(errback, barrier.id, failed, placed.result.id, body["task"], where)
         return placed
-
-
-# -- what a signature is ----------------------------------------------------------------------------------------------------
-
-
-def _signature(sig: Any, app: Celery) -> Any:
-    """A signature, also of one that is a plain dictionary."""
-    if isinstance(sig, Signature):
-        return sig
-    if isinstance(sig, Mapping) and "task" in sig:
-        return Signature.from_dict(sig, app=app)
-    raise BadInput(f"a canvas is made of signatures, not of {sig!r:.60}. Nothing was submitted.")
-
-
-def _itself(app: Any) -> Celery:
-    """An app that may be given as Celery's `current_app`: the app of a canvas with nothing in it."""
-    found: Celery = app._get_current_object() if isinstance(app, Proxy) else app
-    return found
-
-
-def _copy(sig: Any, **fields: Any) -> Any:
-    """The same signature but for these fields; unlike Celery's clone it copies nothing that is inside."""
-    kind: Any = type(sig)
-    copy = kind.__new__(kind)
-    dict.update(copy, sig, **fields)
-    copy.__dict__.update(sig.__dict__)
-    return copy
-
-
-def task_of(sig: Signature) -> CeleryTask | None:
-    """The task of a signature; None if this process does not know it."""
-    try:
-        return sig.type
-    except KeyError:
-        return None
-
-
-def _taken(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Those of these options that there are, out of the others."""
-    return {name: options.pop(name) for name in names if name in options}
-
-
-def _merged(own: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a part and what is said of it from outside, which wins; callbacks are called by both. None says nothing."""
-    merged = {**own, **{name: value for name, value in more.items() if value is not None}}
-    for name in ("link", "link_error"):
-        if name in own and name in more:
-            merged[name] = [*(maybe_list(own[name]) or ()), *(maybe_list(more[name]) or ())]
-    return merged
-
-
-def _steps(chain: Any, app: Celery) -> list[Any]:
-    """The steps of a chain. A group of one is a step like another, and one of none is no step unless it is all there is."""
-    steps: list[Any] = []
-    empty: list[Any] = []
-    for step in chain.tasks or ():
-        sig = _signature(step, app)
-        if isinstance(sig, group):
-            tasks = list(sig.tasks)
-            if not tasks:
-                empty = [sig]
-                continue
-            if len(tasks) == 1:
-                sig = _signature(tasks[0], app)
-        if isinstance(sig, _chain) and not sig.tasks:
-            continue
-        steps.append(sig)
-    return steps or empty
-
-
-def _members(tasks: Iterable[Any], app: Celery) -> list[tuple[Any, Mapping[str, Any]]]:
-    """The members of a group, each with the options of the groups inside that it was in: those are opened up."""
-    found: list[tuple[Any, Mapping[str, Any]]] = []
-    nothing: Mapping[str, Any] = {}
-    look = [(task, nothing) for task in tasks][::-1]
-    while look:
-        task, options = look.pop()
-        sig = _signature(task, app)
-        if isinstance(sig, group):
-            inner = {name: value for name, value in _merged(sig.options, options).items() if name != "task_id"}
-            look += [(member, inner) for member in sig.tasks][::-1]
-        elif not (isinstance(sig, _chain) and not sig.tasks):
-            found.append((sig, options))
-    return found
-
-
-def _errbacks(body: Any, more: Any, app: Celery) -> list[Any]:
-    """What is to be called if a chord's header fails: the error callbacks of its body, each once."""
-    found: list[Any] = list(maybe_list(more) or ())
-    look = [body]
-    while look:
-        sig = _signature(look.pop(), app)
-        found += maybe_list(sig.options.get("link_error")) or ()
-        if isinstance(sig, _chain):
-            look += sig.tasks[:1]
-        elif isinstance(sig, group):
-            look += list(sig.tasks)[::-1]
-        elif isinstance(sig, _chord):
-            look.append(sig.kwargs["body"])
-    each: list[Any] = []
-    for errback in found:
-        if errback not in each:
-            each.append(errback)
-    return each
-
-
-def _takes_exception(errback: Any) -> bool:
-    """True if Celery would call it with (request, exception, traceback), and not with the id of the task that failed."""
-    task = task_of(errback)
-    header = getattr(task, "__header__", None)
-    is_canvas = isinstance(errback, (_chain, _chord, group, chunks))
-    if header is None or isinstance(header, partial) or is_canvas:
-        return False
-    if not errback.immutable and (errback.args or errback.kwargs):
-        try:
-            return bool(arity_greater(partial(header, *errback.args, **errback.kwargs), 1))
-        except (TypeError, ValueError):
-            pass
-    return bool(arity_greater(header, 1))
-
-
-def _ends_in_group(sig: Any, app: Celery) -> bool:
-    """True if what follows this signature would get a list."""
-    while True:
-        sig = _signature(sig, app)
-        if isinstance(sig, (group, chunks)):
-            return True
-        if isinstance(sig, _chain):
-            steps = _steps(sig, app)
-            if not steps:
-                return False
-            sig = steps[-1]
-        elif isinstance(sig, _chord):
-            sig = sig.kwargs["body"]
-        else:
-            return False
-
-
-def is_graph(sig: Any, app: Celery) -> bool:
-    """True if a canvas goes through the table: it has a task that does, or all of its app do."""
-    if takes_all(app):
-        return True
-    look = [sig]
-    while look:
-        part = look.pop()
-        if part is None:
-            continue
-        part = _signature(part, app)
-        kwargs = part.kwargs or {}
-        if isinstance(part, (_chain, group)):
-            look += list(part.tasks)
-        elif isinstance(part, _chord):
-            header = kwargs.get("header")
-            look += [*(header.tasks if isinstance(header, (group, _chain)) else header or ()), kwargs.get("body")]
-        elif is_ours(task_of(part)):
-            return True
-        elif isinstance(part, (_basemap, chunks)):
-            look.append(kwargs["task"])
-    return False
 
 
 # -- entry points -----------------------------------------------------------------------------------------------------------
@@ -520,17 +368,17 @@ def submit(
     """Submit a canvas as a graph, in one transaction; Celery's result for it, None if nothing is in it. `options` replace those
     that it has. Raises what `Task.apply_async` raises, and then nothing was submitted."""
     app = _itself(app)
-    sig = _signature(sig, app)
+    sig = signature_of(sig, app)
     builder = Builder(app)
     lead = Lead(tuple(args or ()), dict(kwargs or {}))
     chosen = {name: value for name, value in options.items() if value is not None}
     if chosen:
         own = sig._merge((), None, chosen)[2]
         # What is given replaces what the signature has, its callbacks included.
-        sig = _copy(sig, options={**own})
+        sig = copy_of(sig, options={**own})
     placed = builder.place(sig, lead)
     if placed is None:
-        return GroupHandle(str(sig.options.get("task_id") or uuid()), [], app=app) if _ends_in_group(sig, app) else None
+        return GroupHandle(str(sig.options.get("task_id") or uuid()), [], app=app) if ends_in_group(sig, app) else None
     builder.submit()
     result = placed.result
     if isinstance(sig, group) and len(result.results) == 1 and isinstance(result.results[0], GroupHandle):
@@ -561,75 +409,6 @@ def submit_call(
     return handle
 
 
-def replace(task: CeleryTask, sig: Any) -> Any:
-    """Celery's `self.replace`: leave the running task's row, with its id, what waits for it and its callbacks, to a signature.
-    Never returns."""
-    if not within.is_from_table(task):
-        return CeleryTask.replace(task, sig)
-    raise within.Replaced(replacement(task, sig))
-
-
-def add_to_chord(task: CeleryTask, sig: Any, lazy: bool = False) -> Any:
-    """Celery's `self.add_to_chord`: what follows the group or chord that the running task is a member of waits for this
-    signature, too, and gets its result at the end of the list. It is submitted at once: `lazy` is refused."""
-    if not within.is_from_table(task):
-        return CeleryTask.add_to_chord(task, sig, lazy)
-    if lazy:
-        raise BadInput("add_to_chord submits at once: lazy=True is not supported. Nothing was submitted.")
-    return add_to_group(task, sig)
-
-
-within.WAYS.extend((replace, add_to_chord))
-
-
-def replacement(task: CeleryTask, sig: Any) -> Replacement:
-    """Submit what replaces the running `task`, but for its last task: that is what the row of `task` is to run next."""
-    app, request = task.app, task.request
-    if "chord" in sig.options:
-        raise ImproperlyConfigured("A signature replacing a task must not be part of a chord")
-    if isinstance(sig, _chain) and not sig.tasks:
-        raise ImproperlyConfigured("Cannot replace with an empty chain")
-    row = request.aque_id
-    errbacks = codec.decode_result(codec.encode_result(request.aque_errbacks or [], 1 << 62)) or []
-    builder = Builder(app)
-    builder.take_over(request.id, row, errbacks, _beside(task))
-    more = {"link_error": errbacks} if errbacks else {}
-    if _ends_in_group(sig, app):
-        whole = builder.place(sig, None, more)
-        last = app.signature(ACCUMULATE, kwargs={"index": 0})
-        lead = Lead(([],)) if whole is None else Lead((Reference(whole.id),), {}, ((whole.id, Condition.OK),))
-        builder.place(last, lead, {"task_id": request.id})
-    else:
-        builder.place(sig, None, {**more, "task_id": request.id})
-    spec = builder.spec(builder.nodes.pop(row))
-    builder.submit()
-    class_id = builder.submitter.class_of(spec)
-    return Replacement(spec.name, spec.function, spec.arguments, spec.inputs, spec.dependencies, class_id)
-
-
-def add_to_group(task: CeleryTask, sig: Any) -> Any:
-    """Submit a signature as another member of the group that the running `task` is a member of."""
-    builder = Builder(task.app)
-    builder.root = _beside(task)
-    placed = builder.place(sig)
-    if placed is None:
-        raise BadInput("there is nothing in this canvas to add to the group. Nothing was submitted.")
-    builder.submit(joins=(placed.id, task.request.aque_id))
-    return placed.result
-
-
-def _beside(task: CeleryTask) -> Where:
-    """The job or group that the running task is in."""
-    job = str(task.request.root_id or "")
-    return Where(int(job)) if job.isdecimal() and int(job) != task.request.aque_id else Where()
-
-
-def eager_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What Celery's `apply`, which calls a task in this process, takes of the options of a call."""
-    ours = {*TASK_OPTIONS, "depends_on", "after_any", "after_failed", "hints"} - {"priority", "queue", "expires"}
-    return {name: value for name, value in options.items() if name not in ours}
-
-
 # -- Celery's own way in ----------------------------------------------------------------------------------------------------
 
 
@@ -638,6 +417,29 @@ def install() -> None:
     for kind in (group, _chain, _chord, _basemap):
         if not hasattr(kind.apply_async, "celerys"):
             kind.apply_async = _graph_or(kind.apply_async)
+
+
+def is_graph(sig: Any, app: Celery) -> bool:
+    """True if a canvas goes through the table: it has a task that does, or all of its app do."""
+    if takes_all(app):
+        return True
+    look = [sig]
+    while look:
+        part = look.pop()
+        if part is None:
+            continue
+        part = signature_of(part, app)
+        kwargs = part.kwargs or {}
+        if isinstance(part, (_chain, group)):
+            look += list(part.tasks)
+        elif isinstance(part, _chord):
+            header = kwargs.get("header")
+            look += [*(header.tasks if isinstance(header, (group, _chain)) else header or ()), kwargs.get("body")]
+        elif is_ours(task_of(part)):
+            return True
+        elif isinstance(part, (_basemap, chunks)):
+            look.append(kwargs["task"])
+    return False
 
 
 def _graph_or(celerys: Callable[..., Any]) -> Callable[..., Any]:
@@ -650,10 +452,16 @@ def _graph_or(celerys: Callable[..., Any]) -> Callable[..., Any]:
         sig = self
         if isinstance(self, _chord) and kwargs and kwargs.get("body") is not None:
             kwargs = dict(kwargs)
-            sig = _copy(self, kwargs={**self.kwargs, "body": kwargs.pop("body")})
+            sig = copy_of(self, kwargs={**self.kwargs, "body": kwargs.pop("body")})
         if not is_graph(sig, app):
             return celerys(self, args, kwargs, **options)
         return submit(sig, args, kwargs, app=app, **options)
 
     apply_async.celerys = celerys  # type: ignore[attr-defined]
     return apply_async
+
+
+def _itself(app: Any) -> Celery:
+    """An app that may be given as Celery's `current_app`: the app of a canvas with nothing in it."""
+    found: Celery = app._get_current_object() if isinstance(app, Proxy) else app
+    return found

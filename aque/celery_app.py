@@ -17,7 +17,7 @@ from aque.errors import BadInput, NotSubmittable
 from aque.farm import farm_of, settings_of
 from aque.graphs import Graph, open_graph, submit_or_add
 from aque.handles import Handle, backend_of, submitter_of
-from aque.submitter import Options
+from aque.options import Options
 from aque.task_options import TASK_OPTIONS, edges_of, known_options, meant
 
 

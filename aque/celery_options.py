@@ -133,7 +133,7 @@ def options_of(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of `submitter.Options` for a call with these of Celery's options, and of Aque's; see `routed` for when
+    """Keyword arguments of `options.Options` for a call with these of Celery's options, and of Aque's; see `routed` for when
     its `queue` is None.
 
     `task`: the registered task, whose own options count where the call has none; of a plain Celery task only those that its

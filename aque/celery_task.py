@@ -6,9 +6,10 @@ from typing import Any
 
 from celery import Task as CeleryTask
 
-from aque import canvas, within
+from aque import canvas, replacing, within
 from aque.backend import Backend
 from aque.handles import Handle, backend_of
+from aque.task_options import DEPENDENCY_OPTIONS, TASK_OPTIONS
 
 
 class Task(CeleryTask):
@@ -43,15 +44,15 @@ class Task(CeleryTask):
         """
         app = self._get_app()
         if app.conf.task_always_eager:
-            return self.apply(args, kwargs, task_id=task_id, **canvas.eager_options(options))
+            return self.apply(args, kwargs, task_id=task_id, **_eager_options(options))
         return canvas.submit_call(
             app, self.name, args, kwargs, {**options, "task_id": task_id}, task=self, strict=strict
         )
 
     retry = within.retry
     update_state = within.update_state
-    replace = canvas.replace
-    add_to_chord = canvas.add_to_chord
+    replace = replacing.replace
+    add_to_chord = replacing.add_to_chord
 
     @property
     def backend(self) -> Backend:
@@ -71,3 +72,9 @@ def refuse_message(task: Any, app: Any, consumer: Any, **_: Any) -> Callable[...
         consumer.on_unknown_task(body, message, f"{task.name} runs from the table only")
 
     return strategy
+
+
+def _eager_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What Celery's `apply`, which calls a task in this process, takes of the options of a call."""
+    ours = {*TASK_OPTIONS, *DEPENDENCY_OPTIONS, "hints"} - {"priority", "queue", "expires"}
+    return {name: value for name, value in options.items() if name not in ours}

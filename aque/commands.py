@@ -15,28 +15,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from signal import SIGKILL, SIGTERM, Signals
-from typing import Any, Literal
+from signal import SIGKILL, SIGTERM
+from typing import Any
 
 from aque import cgroups, processes, protocol, server, supervisor
+from aque.supervised import Command, Ended, frames_of, name_of, reason_of
 
 logger = logging.getLogger(__name__)
-
-Reason = Literal[
-    "exit",
-    "signal",
-    "time_limit",
-    "killed",
-    "cannot_execute",
-    "not_found",
-    "cannot_enter_cwd",
-    "cannot_become_user",
-    "cannot_open",
-    "lease",
-    "lost",
-]
 
 #: Idle supervisors above this many end after `IDLE_SECONDS`; the others spare the next command a fork.
 WARM = 2
@@ -51,86 +38,6 @@ END_SECONDS = 10.0
 RECEIVE_BYTES = 1 << 18
 #: The server says when a supervisor that died has left nothing behind; if it does not, the command's end is told after this.
 GONE_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class OtherUser:
-    """A user to become, which takes a worker of root's."""
-
-    name: str
-    #: Of this user nothing is run if the uid is smaller; 0 is refused unless `allow_root`.
-    min_uid: int = 1000
-    allow_root: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What to run. Bytes throughout: argv, environment and paths of Unix have no encoding."""
-
-    #: Executed, never joined; `argv[0]` without a slash is looked up in the PATH of `env`.
-    argv: tuple[bytes, ...]
-    #: All of the command's environment.
-    env: Mapping[bytes, bytes]
-    cwd: bytes
-    #: None or empty: /dev/null.
-    stdin: bytes | None = None
-    #: Files in place of stdin, stdout and stderr, opened as the command's user below `cwd`; outputs are emptied first.
-    redirections: tuple[bytes | None, bytes | None, bytes | None] = (None, None, None)
-    #: None: the worker's.
-    umask: int | None = None
-    #: None: the worker's own. HOME, SHELL, USER and LOGNAME of `env` become this user's.
-    user: OtherUser | None = None
-    #: It cannot gain privileges by setuid programs; for another user only.
-    no_new_privileges: bool = True
-    #: In a login shell: that of `env`.
-    login: bool = False
-    #: Resource (as in the module `resource`), soft limit, hard limit.
-    rlimits: tuple[tuple[int, int, int], ...] = ()
-    #: Half of it for the first bytes of both streams, a quarter for the last ones of each; what is between is read, counted
-    #: and dropped.
-    output_limit_bytes: int = 8 << 20
-    #: It writes a result of at most so many bytes to descriptor 3; None: it has no such descriptor.
-    result_limit_bytes: int | None = None
-    time_limit_seconds: float | None = None
-    #: After this time the tree gets SIGTERM, and how the command ends is up to it.
-    soft_time_limit_seconds: float | None = None
-    #: A moment of `processes.lease_clock`: unless `Running.renew` names a later one, nothing of the command lives then.
-    lease_until: float | None = None
-    #: Between the SIGTERM of a time limit and SIGKILL.
-    kill_grace_seconds: float = 5.0
-    #: The CPUs that it is bound to, with all that it starts; empty: all of the worker's.
-    cpus: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a command ended. By then nothing of its tree lives, except for `lost` if the server is gone as well as the
-    supervisor: then what it ran is the worker's to kill."""
-
-    #: Why it ended. A command that exits by itself after a kill is `killed`, and its exit code says how it took it.
-    reason: Reason
-    #: A sentence, for everything but a plain exit.
-    message: str = ""
-    exit_code: int | None = None
-    signal: int | None = None
-    #: For a command that was never started: why not.
-    errno: int | None = None
-    #: All that was written, with what was dropped.
-    stdout_bytes: int = 0
-    stderr_bytes: int = 0
-    #: Some of the output was dropped.
-    truncated: bool = False
-    #: What it wrote to descriptor 3; None: nothing, or more than its limit.
-    result: bytes | None = None
-    result_bytes: int = 0
-    #: User and system time of the tree, without processes that nobody waited for.
-    cpu_seconds: float = 0.0
-    #: The largest process's. Linux counts from the fork on: never less than the supervisor's own, about 12 MiB.
-    max_rss_bytes: int = 0
-    #: From and to disks and servers, of the tree as well.
-    read_bytes: int = 0
-    written_bytes: int = 0
-
 
 OnStarted = Callable[[int], None]
 OnOutput = Callable[[int, int, bytes], None]
@@ -299,11 +206,11 @@ class CommandRunner:
     def run(self, command: Command, on_started: OnStarted, on_output: OnOutput, on_ended: OnEnded) -> Running:
         """Start a command, soon; from any thread. What prevents its start is told to `on_ended`, not raised."""
         running = Running(self, command, on_started, on_output, on_ended)
-        unsent = _frames(command)
+        unsent = frames_of(command)
         with self._lock:
             if self._thread is None or self._stopping or self._owner != os.getpid():
                 state = "stopped" if self._stopping else "not started in this process"
-                raise RuntimeError(f"the command runner is {state}: {_name(command)} was not started.")
+                raise RuntimeError(f"the command runner is {state}: {name_of(command)} was not started.")
             running._unsent = unsent
             self._waiting.append(running)
             if self._idle:
@@ -563,7 +470,7 @@ class CommandRunner:
             elif kind == protocol.KILL:
                 running._done = True
                 self._waiting.remove(running)
-                ended = Ended("killed", f"{_name(running.command)} was killed before it was started.")
+                ended = Ended("killed", f"{name_of(running.command)} was killed before it was started.")
                 self._post(lambda: self._call(running.on_ended, ended))
             else:
                 running._unsent.append(frame)
@@ -657,7 +564,7 @@ class CommandRunner:
 
     def _refuse(self, running: Running, code: int | None) -> None:
         why = "the supervisors' server does not start" if code is None else os.strerror(code)
-        message = f"{_name(running.command)} was not started: there is no supervisor for it ({why})."
+        message = f"{name_of(running.command)} was not started: there is no supervisor for it ({why})."
         self._call(running.on_ended, Ended("cannot_execute", message, errno=code))
 
     def _on_gone(self, pid: int) -> None:
@@ -838,41 +745,8 @@ class _Inherited:
 _FDS = {protocol.STDOUT: 1, protocol.STDERR: 2}
 
 
-def _name(command: Command) -> str:
-    return repr(command.argv[0].decode(errors="backslashreplace")) if command.argv else "a command without words"
-
-
-def _frames(command: Command) -> list[bytes]:
-    """What a supervisor reads to run the command."""
-    stdin = command.stdin or b""
-    spec = marshal.dumps(
-        {
-            "argv": list(command.argv),
-            "env": dict(command.env),
-            "cwd": command.cwd,
-            "umask": command.umask,
-            "user": command.user and command.user.name,
-            "min_uid": command.user and command.user.min_uid,
-            "allow_root": command.user and command.user.allow_root,
-            "no_new_privileges": command.no_new_privileges,
-            "login": command.login,
-            "rlimits": list(command.rlimits),
-            "redirections": list(command.redirections),
-            "stdin_bytes": len(stdin),
-            "output_limit_bytes": command.output_limit_bytes,
-            "result_limit_bytes": command.result_limit_bytes,
-            "time_limit_seconds": command.time_limit_seconds,
-            "soft_time_limit_seconds": command.soft_time_limit_seconds,
-            "lease_until": command.lease_until,
-            "kill_grace_seconds": command.kill_grace_seconds,
-            "cpus": list(command.cpus),
-        }
-    )
-    return [protocol.FRAME.pack(protocol.RUN, len(spec)) + spec, stdin]
-
-
 def _lost(running: Running, channel: _Channel) -> Ended:
-    name = _name(running.command)
+    name = name_of(running.command)
     if running._killed and running.pid is None:
         return Ended("killed", f"{name} was killed before it had started: its directory or program did not answer.")
     if running._given_up and running.pid is None:
@@ -890,7 +764,7 @@ def _lost(running: Running, channel: _Channel) -> Ended:
 def _ended(running: Running, report: dict[str, Any]) -> Ended:
     code = None if report["status"] is None else os.waitstatus_to_exitcode(report["status"])
     number = -code if code is not None and code < 0 else None
-    reason, message = _reason(running.command, report, code)
+    reason, message = reason_of(running.command, report, code)
     if report["immortal"]:
         pids = ", ".join(map(str, report["immortal"]))
         message = f"{message} These of its processes belong to another user, and live on: {pids}.".lstrip()
@@ -912,53 +786,3 @@ def _ended(running: Running, report: dict[str, Any]) -> Ended:
         read_bytes=report.get("read_bytes", 0),  # of a supervisor from before there were any: not counted
         written_bytes=report.get("written_bytes", 0),
     )
-
-
-def _reason(command: Command, report: dict[str, Any], code: int | None) -> tuple[Reason, str]:
-    """Why a command ended, and the sentence about it."""
-    name = _name(command)
-    if report["failure"]:
-        return _reason_of_failure(command, name, *report["failure"])
-    if code is None:
-        how = "has not ended"
-    elif code < 0:
-        how = f"ended by {_signal_name(-code)}"
-    else:
-        how = f"exited with {code}"
-    if report["why"] == "time_limit":
-        limit = command.time_limit_seconds
-        return "time_limit", f"{name} ran longer than its time limit of {limit:g} s: it was killed, and {how}."
-    if report["why"] == "lease":
-        return "lease", f"the worker did not renew its lease in time: {name} was killed, and {how}."
-    if report["why"] == "killed":
-        return "killed", f"{name} was killed, and {how}."
-    return ("exit", "") if code is not None and code >= 0 else ("signal", f"{name} {how}.")
-
-
-def _reason_of_failure(
-    command: Command, name: str, failed: str, why: str, code: int | None, found: bool
-) -> tuple[Reason, str]:
-    """Why a command was not started, and the sentence about it."""
-    if failed == "user":
-        return "cannot_become_user", f"cannot run {name} as its user: {why}. Nothing was started."
-    if failed == "open":
-        return "cannot_open", f"cannot open {why}. {name} was not started."
-    if failed == "cwd":
-        cwd = command.cwd.decode(errors="backslashreplace")
-        return "cannot_enter_cwd", f"cannot enter the working directory {cwd!r}: {why}. {name} was not started."
-    if failed == "limits":
-        return "cannot_execute", f"cannot set a limit of {name} (setting rlimits), {why}. Nothing was started."
-    missing = code in (errno.ENOENT, errno.ENOTDIR)
-    if not found and (missing or (code == errno.EACCES and "/" not in name)):
-        where = "there is no such file" if "/" in name else "it is in no directory of the command's PATH"
-        return "not_found", f"cannot find {name}: {where}."
-    if missing:
-        return "cannot_execute", f"cannot execute {name}: the file exists, the interpreter it names does not."
-    return "cannot_execute", f"cannot execute {name}: {why}."
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -14,7 +14,7 @@ from aque.errors import BadInput
 from aque.futures import Collector, Future
 from aque.handles import stand_in, submitter_of
 from aque.named_calls import NamedCall, checked
-from aque.submitter import Options
+from aque.options import Options
 from aque.values import Condition, Dependency, TaskSpec
 
 #: So many calls of a `map` are written in one transaction, as one job.

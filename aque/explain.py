@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -17,9 +16,7 @@ from aque.chooser import Choice, Class, Place
 from aque.resources import Capacity, parse_limits
 from aque.states import COMPLETE_STATES, State
 from aque.values import Condition, Pattern, ReadyTask, Requirement
-
-#: Of many ids so many are written out.
-IDS_SHOWN = 5
+from aque.words import at, clock, counted, lasting, listed, listed_tasks, moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +252,7 @@ class Situation:
         for name, wanted in self.tokens(requirement).items():
             limit = self.limits[name]
             if limit.free < wanted:
-                held = f" (held by {_tasks(limit.holders)})" if limit.holders else ""
+                held = f" (held by {listed_tasks(limit.holders)})" if limit.holders else ""
                 facts = {"limit": name, "needs": wanted, "free": limit.free, "capacity": limit.capacity}
                 text = f"limit {name}: needs {wanted}, {limit.free} of {limit.capacity} free{held}"
                 if wanted > limit.capacity:
@@ -302,7 +299,7 @@ class Situation:
             before += ahead
             is_exact &= not wanted.places and not (class_id in self.cut and ahead == len(tasks))
         about = "" if is_exact else "about "
-        text = f"{about}{_count(before, 'ready task')} {'goes' if before == 1 else 'go'} before it"
+        text = f"{about}{counted(before, 'ready task')} {'goes' if before == 1 else 'go'} before it"
         return Reason(
             "order", text if before else "no ready task goes before it", {"ahead": before, "is_exact": is_exact}
         )
@@ -392,7 +389,7 @@ class Situation:
         able = self._able[subject.class_id]
         holds = [hold for w in able if (hold := self._holds.get(w.id)) and hold.priority >= subject.rank]
         if holds and len(holds) == len(able):
-            return f"room is kept for {_tasks([hold.task_id for hold in holds])}"
+            return f"room is kept for {listed_tasks([hold.task_id for hold in holds])}"
         return "waits for its turn"
 
     def explain(self, subject: Subject, links: Sequence[Link] = (), chain: Sequence[Link] = ()) -> Explanation:
@@ -443,11 +440,11 @@ class Situation:
         failed = [link for link in links if link.state in COMPLETE_STATES and link.state is not State.SUCCESS]
         known = {link: seconds for link in left if (seconds := self._remaining(link)) is not None}
         slowest = max(known, key=lambda link: (known[link], -link.upstream)) if known else None
-        text = f"waits for {len(left)} of {_count(len(links), 'task')}: {_ids([link.upstream for link in left])}"
+        text = f"waits for {len(left)} of {counted(len(links), 'task')}: {listed([link.upstream for link in left])}"
         if slowest is not None:
             text += f"; the slowest is {self._named(slowest, known[slowest])}"
         if failed:
-            text += f"; without success has ended: {_tasks([link.upstream for link in failed])}"
+            text += f"; without success has ended: {listed_tasks([link.upstream for link in failed])}"
         facts = {
             "left": len(left),
             "of": len(links),
@@ -481,7 +478,7 @@ class Situation:
         reasons = [
             Reason(
                 "members",
-                f"{_count(len(ids), 'task')}: {what} ({_ids(ids)})",
+                f"{counted(len(ids), 'task')}: {what} ({listed(ids)})",
                 {"what": what, "n": len(ids), "ids": ids},
             )
             for what, ids in sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
@@ -543,41 +540,13 @@ def _outcome(task: Subject | Link) -> str:
     return f"{task.state}: {task.reason}"
 
 
-# -- words ----------------------------------------------------------------------------------------------------------------
-
-
-def clock(when: float) -> str:
-    """A moment of the last hours or the next, as 10:42:10 UTC."""
-    return f"{datetime.fromtimestamp(when, UTC):%H:%M:%S} UTC"
-
-
-def moment(when: float, now: float) -> str:
-    """The same; of another day than the next with its date, as 2026-11-24 10:42:10 UTC."""
-    return f"{datetime.fromtimestamp(when, UTC):%Y-%m-%d} {clock(when)}" if when > now + 86400 else clock(when)
-
-
 def waits_for(unmet: int, not_before: float | None, now: float) -> str | None:
     """In a few words what a pending task waits for, which has so many dependencies left, its time among them; None: nothing."""
     tasks = unmet - (not_before is not None)
-    waits = [_count(tasks, "task")] if tasks > 0 else []
+    waits = [counted(tasks, "task")] if tasks > 0 else []
     if not_before is not None:
         waits.append(f"its time, {moment(not_before, now)}")
     return f"waits for {' and '.join(waits)}" if waits else None
-
-
-def lasting(seconds: float) -> str:
-    """A length of time: 0.4 s, 38 s, 5 min, 2.5 h, 3 d."""
-    if seconds < 100:
-        return f"{max(seconds, 0):.0f} s" if seconds >= 10 else f"{max(seconds, 0):.1f} s"
-    for unit, size, below in (("min", 60, 6000), ("h", 3600, 172_800)):
-        if seconds < below:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86400:.3g} d"
-
-
-def at(when: float, now: float) -> str:
-    """A moment to come: at 10:42:10 UTC (in 38 s); what is late is expected any moment."""
-    return "any moment" if when <= now else f"at {clock(when)} (in {lasting(when - now)})"
 
 
 def _free_words(lacking: str) -> str:
@@ -587,16 +556,3 @@ def _free_words(lacking: str) -> str:
 
 def _finite(when: float) -> float | None:
     return when if math.isfinite(when) else None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _ids(ids: Sequence[int]) -> str:
-    more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
-    return ", ".join(map(str, ids[:IDS_SHOWN])) + more
-
-
-def _tasks(ids: Sequence[int]) -> str:
-    return f"{'task' if len(ids) == 1 else 'tasks'} {_ids(ids)}"

@@ -13,7 +13,7 @@ from aque.futures import Future
 from aque.graphs import open_graph, submit_or_add
 from aque.handles import Handle, backend_of, submitter_of
 from aque.named_calls import NamedCall, checked
-from aque.submitter import Options
+from aque.options import Options
 from aque.task_options import id_of
 from aque.values import OWN_INTERPRETER, Condition, Dependency
 

@@ -8,7 +8,8 @@ from celery import Celery
 
 from aque.errors import BadInput
 from aque.handles import Handle, backend_of, submitter_of
-from aque.submitter import Options, Submitter
+from aque.options import Options
+from aque.submitter import Submitter
 from aque.task_options import condition_of, id_of
 from aque.values import Condition, Dependency, TaskSpec
 

@@ -26,9 +26,10 @@ from aque import codec
 from aque.backend import Backend
 from aque.errors import AqueError, BadInput, StoreError
 from aque.naming import name_of
+from aque.options import Options
 from aque.settings import Settings
 from aque.store import DatabaseError, is_data_error
-from aque.submitter import Options, Submitter
+from aque.submitter import Submitter
 from aque.task_options import DEPENDENCY_OPTIONS, edges_of, known_options
 from aque.values import TaskSpec
 

@@ -17,7 +17,8 @@ from aque.futures import Future
 from aque.graphs import open_graph, submit_or_add
 from aque.handles import Handle, backend_of, submitter_of
 from aque.naming import name_of
-from aque.submitter import Options, Submitter
+from aque.options import Options
+from aque.submitter import Submitter
 from aque.task_options import DEPENDENCY_OPTIONS, edges_of, known_options
 from aque.values import Dependency, TaskSpec
 

@@ -15,10 +15,10 @@ from celery.utils.functional import maybe_list
 from celery.worker.control import Panel
 
 from aque import control
+from aque.celery_request import HIDDEN, shown_arguments
 from aque.errors import AqueError, UnknownTask
 from aque.pool import TaskPool
 from aque.resources import format_cpus
-from aque.runner import HIDDEN, shown_arguments
 from aque.store import Scheduled, scheduled, stamped
 from aque.worker import AqueWorker
 

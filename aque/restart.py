@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 
 from aque import launch, protocol, server, supervisor, title
 from aque.assignments import Assigned
-from aque.commands import Command, OtherUser
 from aque.durations import Runs
 from aque.resources import Capacity
 from aque.store import Kill
+from aque.supervised import Command, OtherUser
 from aque.values import ClaimedTask, Outcome, Redirections, Usage
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def _format() -> str:
     parts = (ClaimedTask, Redirections, Outcome, Usage, Runs, Kill, Capacity, Assigned, Command, OtherUser)
     spoken = [zlib.crc32(Path(module.__file__ or "").read_bytes()) for module in (protocol, supervisor, server, launch)]
     return f"3 {spoken} " + " ".join(
-        f"{part.__name__}({','.join(field.name for field in fields(part))})" for part in parts
+        f"{part.__module__}.{part.__name__}({','.join(field.name for field in fields(part))})" for part in parts
     )
 
 

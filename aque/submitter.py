@@ -2,27 +2,38 @@
 
 import math
 import os
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from aque import current, doorbell, durations, hints
+from aque import current, doorbell, hints
 from aque.chooser import why_nowhere
-from aque.durations import RunTime
 from aque.errors import BadInput
+from aque.expectations import Expectations
 from aque.looks import FileSystems, Looks
 from aque.machine import user_name
-from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memory, parse_resources
+from aque.options import (
+    Options,
+    read_children,
+    read_duration,
+    read_integer,
+    read_io_paths,
+    read_limit,
+    read_moment,
+    read_not_before,
+    read_path,
+    read_text,
+    requirement_of,
+)
+from aque.resources import parse_limits
 from aque.settings import Settings
 from aque.states import COMPLETE_STATES, READY_STATES, State
 from aque.store import Inherited, Store, again, is_conflict
-from aque.values import NO_REDIRECTIONS, Children, Dependency, Pattern, Redirections, Requirement, TaskSpec
+from aque.values import NO_REDIRECTIONS, Pattern, Redirections, Requirement, TaskSpec
 
 #: Variables that describe the task or the process they are found in, and would be wrong in another.
 _OWN_VARIABLES = (
@@ -36,103 +47,11 @@ _OWN_VARIABLES = (
     b"AQUE_THREAD_VARIABLES",
     b"_",
 )
-
-
-_TAG = re.compile(r"!?[A-Za-z0-9_.-]{1,64}")
-
 #: So long a reading of the farm's limits is good enough to say that a task is within them.
 LIMITS_SECONDS = 5.0
 #: See `Submitter.next_id`.
 BLOCK_SECONDS = 1.0
 LARGEST_BLOCK = 64
-#: What has been read of run times is believed for so long.
-KNOWN_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What can be asked for any task, as people write it; `TaskSpec` holds it as the store does."""
-
-    name: str = ""
-    queue: str = ""  #: empty: the parent's, else the default queue
-    priority: int | None = None  #: higher first; None: the parent's, else 0
-    cpus: str | float = "1"  #: see `resources.CpuRequest`
-    memory: str | int = 0  #: bytes, or with a suffix
-    host: str = ""  #: comma-separated globs; `!glob` excludes; empty: the parent's
-    platform: str = ""  #: as `sys.platform`; empty: the parent's
-    resources: str | Mapping[str, int] = ""  #: a site's own, as in {"gpu": 1} or "gpu=1"
-    limits: str | Mapping[str, int] = ""  #: tokens of farm-wide limits, as in {"nuke": 1} or "nuke=1"
-    tags: str | tuple[str, ...] = ""  #: that the worker must have; `!tag` excludes; empty: the parent's
-    requires_paths: tuple[str | bytes, ...] = ()  #: that the host must have; empty: the parent's
-    duration: float | str = 0.0  #: expected seconds, or as in "2x" how many times the average of its priority
-    io_paths: tuple[str | bytes, ...] = ()  #: that it reads or writes; of a command, if none: its words that are paths
-    io: bool = True  #: False: without io_paths
-    time_limit: float | None = None  #: seconds, then it is killed
-    soft_time_limit: float | None = None  #: seconds, then it is asked to end
-    countdown: float | None = None  #: seconds; not started before
-    eta: datetime | None = None  #: in its place; one without a time zone is in UTC
-    expires: float | datetime | None = None  #: seconds, or a time: not started by then, it is cancelled
-    children: str = "wait"  #: see `values.Children`
-    max_attempts: int = 1
-    requeue: bool = True  #: False: if its worker dies, it is not run again
-    strict_lease: bool = False  #: killed on its host when its worker's lease has ended there
-    #: of a Python task: a program such as /usr/bin/python3; "worker": the worker's own, in a process of its own
-    interpreter: str = ""
-    user: str = ""  #: whose process it becomes; empty: the submitter's. Only root may name another
-    layer: str = ""
-    dependencies: tuple[Dependency, ...] = ()
-    job_id: int | None = None
-    parent_id: int | None = None
-    seq: int = 0
-    celery_id: str | None = None
-    #: see `values.TaskSpec.extra`
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-class _Expectations:
-    """Expected durations by what the store says; what was read is kept for a while."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._run_times: dict[str, tuple[float, RunTime | None]] = {}  #: with when it was read
-        self._priorities: dict[int, tuple[float, float]] = {}  #: average seconds, with when it was read
-
-    def of(self, connection: Any, specs: Sequence[TaskSpec]) -> dict[int, float]:
-        """By id, for those without a duration of their own. Nothing is read if all of them have one, or are groups."""
-        asked = [spec for spec in specs if not spec.duration and spec.requirement.pattern is not Pattern.GROUP]
-        if not asked:
-            return {}
-        known = self._read(connection, {durations.key(spec.name) for spec in asked if not spec.relative_duration})
-        return {
-            spec.id: spec.relative_duration * self._average(connection, spec.priority, known)
-            if spec.relative_duration
-            else durations.expected(spec.name, spec.io_bytes, known)
-            for spec in asked
-        }
-
-    def _read(self, connection: Any, names: set[str]) -> dict[str, RunTime]:
-        names |= {durations.ALL, durations.SIZED}
-        now = time.monotonic()
-        kept = self._run_times
-        if missing := [name for name in names if name not in kept or now - kept[name][0] > KNOWN_SECONDS]:
-            if len(kept) > durations.NAMES:
-                kept.clear()
-                missing = list(names)
-            found = self._store.run_times.read(connection, missing)
-            kept.update({name: (now, found.get(name)) for name in missing})
-        return {name: run_time for name in names if (run_time := kept[name][1]) is not None}
-
-    def _average(self, connection: Any, priority: int, known: Mapping[str, RunTime]) -> float:
-        now = time.monotonic()
-        read, seconds = self._priorities.get(priority, (-math.inf, 0.0))
-        if now - read > KNOWN_SECONDS:
-            found = self._store.run_times.average_of_priority(connection, priority)
-            if found is None:
-                everything = known.get(durations.ALL)
-                found = durations.UNKNOWN_SECONDS if everything is None else everything.seconds
-            seconds = found
-            self._priorities[priority] = (now, seconds)
-        return seconds
 
 
 class Submitter:
@@ -141,7 +60,7 @@ class Submitter:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
-        self._expectations = _Expectations(store)
+        self._expectations = Expectations(store)
         self._user = user_name()
         self._file_systems = FileSystems()
         self._lock = threading.Lock()
@@ -327,7 +246,7 @@ class Submitter:
             )
         if stdin is not None and redirections.stdin is not None:
             raise BadInput("stdin can be bytes or a file, not both. Nothing was submitted.")
-        there = _path("cwd", cwd) if cwd is not None else os.getcwdb()
+        there = read_path("cwd", cwd) if cwd is not None else os.getcwdb()
         guesses = options.io and not options.io_paths and self.settings.io_hints
         return self._spec(
             task_id,
@@ -339,7 +258,7 @@ class Submitter:
             redirections=redirections,
             login=login,
             cwd=there,
-            io_paths=None if guesses else _io_paths(options, there),
+            io_paths=None if guesses else read_io_paths(options, there),
             umask=_umask(),
             environment=_environment(os.environb if env is None else env),
         )
@@ -347,7 +266,7 @@ class Submitter:
     def redirections(self, stdin: Any = None, stdout: Any = None, stderr: Any = None) -> Redirections:
         """Paths in place of a command's streams; None: no file."""
         named = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
-        return Redirections(**{what: None if path is None else _path(what, path) for what, path in named.items()})
+        return Redirections(**{what: None if path is None else read_path(what, path) for what, path in named.items()})
 
     def function(
         self,
@@ -376,7 +295,7 @@ class Submitter:
             arguments=arguments,
             inputs=tuple(inputs),
             cwd=cwd,
-            io_paths=_io_paths(options, cwd),
+            io_paths=read_io_paths(options, cwd),
             umask=_umask(),
             # A pool's child has the worker's environment: only who runs it apart needs the submitter's.
             environment=_environment(os.environb if env is None else env)
@@ -397,28 +316,13 @@ class Submitter:
             )
         parent_id = options.parent_id if options.parent_id is not None else self._parent()
         parent = None if parent_id is None else self._inherited(parent_id)
-        wanted = (
-            options.queue or (parent.requirement.queue if parent else "") or self.settings.default_queue,
-            pattern,
-            options.cpus,
-            options.memory,
-            options.host or (parent.requirement.host if parent else ""),
-            options.platform or (parent.requirement.platform if parent else ""),
-            self._user_of(options),
-            options.interpreter,
-            _hashable(options.resources),
-            _hashable(options.limits),
-            options.tags or (parent.requirement.tags if parent else ""),
-            options.requires_paths or (parent.requirement.requires_paths if parent else ()),
-        )
-        duration, relative_duration = _duration(options.duration)
-        try:
-            requirement = _requirement(*wanted)
-        except TypeError:  # something that cannot be hashed, and that the check below has a sentence for
-            requirement = _requirement.__wrapped__(*wanted)
+        user = self._user_of(options)
+        duration, relative_duration = read_duration(options.duration)
+        inherited = None if parent is None else parent.requirement
+        requirement = requirement_of(options, pattern, user, self.settings.default_queue, inherited)
         return TaskSpec(
             id=task_id,
-            name=_text("name", options.name or name),
+            name=read_text("name", options.name or name),
             requirement=requirement,
             priority=parent.priority if parent and options.priority is None else self._priority(options.priority or 0),
             age_rank=-int(self.settings.priority_per_hour * time.time() / 3600),
@@ -427,24 +331,24 @@ class Submitter:
             dependencies=dependencies,
             job_id=options.job_id,
             parent_id=parent_id,
-            layer=_text("layer", options.layer),
+            layer=read_text("layer", options.layer),
             seq=options.seq,
-            max_attempts=_integer("max_attempts", options.max_attempts, 1, 1000),
+            max_attempts=read_integer("max_attempts", options.max_attempts, 1, 1000),
             requeue=bool(options.requeue),
-            time_limit_seconds=_limit("time_limit", options.time_limit),
-            soft_time_limit_seconds=_limit("soft_time_limit", options.soft_time_limit),
+            time_limit_seconds=read_limit("time_limit", options.time_limit),
+            soft_time_limit_seconds=read_limit("soft_time_limit", options.soft_time_limit),
             strict_lease=bool(options.strict_lease),
             submitter=self._user,
             celery_id=options.celery_id,
-            not_before=_not_before(options.countdown, options.eta),
-            expires_at=_moment("expires", options.expires),
-            children=_children(options.children),
+            not_before=read_not_before(options.countdown, options.eta),
+            expires_at=read_moment("expires", options.expires),
+            children=read_children(options.children),
             extra=options.extra,
             **fields,
         )
 
     def _priority(self, wanted: int) -> int:
-        priority = _integer("priority", wanted, -(1 << 31), (1 << 31) - 1)
+        priority = read_integer("priority", wanted, -(1 << 31), (1 << 31) - 1)
         highest = self.settings.max_user_priority
         if priority > highest and not self.settings.is_administrator(self._user):
             raise BadInput(
@@ -465,7 +369,7 @@ class Submitter:
                 f"in an SQLite store everything runs as its owner, {self._user}, and not as {options.user!r}. Nothing was "
                 "submitted: on PostgreSQL a worker of root's runs tasks of others."
             )
-        return _text("user", options.user) or self._user
+        return read_text("user", options.user) or self._user
 
     def _parent(self) -> int | None:
         """The task that this code is part of, if it belongs to the same farm."""
@@ -484,70 +388,6 @@ class Submitter:
         return self._parents[parent_id]
 
 
-@lru_cache(maxsize=1024, typed=True)
-def _requirement(
-    queue: str,
-    pattern: Pattern,
-    cpus: str | float,
-    memory: str | int,
-    host: str,
-    platform: str,
-    user: str,
-    interpreter: str,
-    resources: str | tuple[tuple[str, int], ...],
-    limits: str | tuple[tuple[str, int], ...],
-    tags: str | tuple[str, ...],
-    requires_paths: tuple[str | bytes, ...],
-) -> Requirement:
-    """The requirement, read and checked; remembered, since a graph of 100,000 tasks has few different ones."""
-    return Requirement(
-        queue=_text("queue", queue),
-        pattern=pattern,
-        cpus=CpuRequest.parse(cpus).text,
-        memory_bytes=parse_memory(memory),
-        host=_text("host", host),
-        platform=_text("platform", platform),
-        user=user,
-        interpreter=_text("interpreter", interpreter),
-        resources=format_amounts(parse_resources(_mapping(resources))),
-        limits=format_amounts(_limits(_mapping(limits))),
-        tags=",".join(_tags(tags)),
-        requires_paths=tuple(sorted(set(_absolute(requires_paths)))),
-    )
-
-
-def parse_requirement(given: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of a `values.Requirement` from texts, by the names of `Options`. Raises BadInput."""
-    readers: dict[str, tuple[str, Callable[[str], Any]]] = {
-        "queue": ("queue", lambda text: _text("queue", text)),
-        "cpus": ("cpus", lambda text: CpuRequest.parse(text).text),
-        "memory": ("memory_bytes", parse_memory),
-        "host": ("host", lambda text: _text("host", text)),
-        "platform": ("platform", lambda text: _text("platform", text)),
-        "resources": ("resources", lambda text: format_amounts(parse_resources(text))),
-        "limits": ("limits", lambda text: format_amounts(_limits(text))),
-        "tags": ("tags", lambda text: ",".join(_tags(text))),
-    }
-    return {readers[name][0]: readers[name][1](text) for name, text in given.items()}
-
-
-def _mapping(amounts: Any) -> Any:
-    """What `_hashable` was given."""
-    is_pairs = isinstance(amounts, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in amounts)
-    return dict(amounts) if is_pairs else amounts
-
-
-def _hashable(amounts: Any) -> Any:
-    return tuple(amounts.items()) if isinstance(amounts, Mapping) else amounts
-
-
-def _limits(limits: str | Mapping[str, int]) -> dict[str, int]:
-    found = parse_limits(limits)
-    if mine := [name for name in found if name.startswith("user:")]:
-        raise BadInput(f"the limit {mine[0]} is taken for every task of that user, and cannot be asked for.")
-    return found
-
-
 def _beyond(wanted: Iterable[Mapping[str, int]], capacities: Mapping[str, int]) -> str | None:
     """What is wrong with the first of these that cannot be had of limits with these capacities; None if all can."""
     for name, n in sorted((name, n) for limits in wanted for name, n in limits.items()):
@@ -562,26 +402,6 @@ def _beyond(wanted: Iterable[Mapping[str, int]], capacities: Mapping[str, int]) 
                 f"`aque limits set {name} {n}` raises it."
             )
     return None
-
-
-def _tags(tags: str | Iterable[str]) -> list[str]:
-    """Sorted, each once. Raises BadInput."""
-    if not isinstance(tags, (str, list, tuple, set, frozenset)):
-        raise BadInput(f"tags must be a list of texts, or one with commas, not {tags!r:.60}. Nothing was submitted.")
-    words = tags.split(",") if isinstance(tags, str) else list(tags)
-    found = sorted({_text("tag", word).strip() for word in words} - {""})
-    if both := [tag for tag in found if f"!{tag}" in found]:
-        raise BadInput(f"no worker has the tag {both[0]} and has it not. Nothing was submitted.")
-    if bad := [tag for tag in found if not _TAG.fullmatch(tag)]:
-        raise BadInput(f"a tag is letters, digits and _ . - after at most one !, not {bad[0]!r:.60}.")
-    return found
-
-
-def _absolute(paths: Iterable[str | bytes]) -> list[bytes]:
-    found = _paths("requires_paths", paths)
-    if b"" in found:
-        raise BadInput("a path that is required cannot be empty. Nothing was submitted.")
-    return [os.path.abspath(path) for path in found]
 
 
 def _environment(variables: Mapping[bytes, bytes]) -> bytes:
@@ -608,29 +428,6 @@ def _is_index(name: bytes) -> bool:
     return name.startswith(b"AQUE_") and name.endswith(b"_INDICES")
 
 
-def _path(what: str, path: str | bytes) -> bytes:
-    try:
-        encoded = os.fsencode(path)
-    except TypeError:
-        encoded = b"\0"
-    if b"\0" in encoded:
-        raise BadInput(f"{what} must be a path without a NUL byte, not {path!r:.60}. Nothing was submitted.")
-    return encoded
-
-
-def _paths(what: str, paths: Iterable[str | bytes]) -> tuple[bytes, ...]:
-    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
-        raise BadInput(f"{what} must be a list of paths, not {paths!r:.60}. Nothing was submitted.")
-    return tuple(_path(what, path) for path in paths)
-
-
-def _io_paths(options: Options, cwd: bytes) -> tuple[bytes, ...]:
-    """The paths that were given, absolute, each once."""
-    if not options.io:
-        return ()
-    return tuple(dict.fromkeys(hints.absolute(path, cwd) for path in _paths("io_paths", options.io_paths)))
-
-
 def _files(redirections: Redirections) -> Iterator[bytes]:
     return filter(None, (redirections.stdin, redirections.stdout, redirections.stderr))
 
@@ -651,57 +448,3 @@ def _umask() -> int:
     finally:
         os.close(status)
     return int(rest.split(None, 1)[0], 8) if found else 0o022
-
-
-def _text(what: str, value: str) -> str:
-    if not isinstance(value, str) or "\0" in value or len(value) > 4096:
-        raise BadInput(f"{what} must be a text without NUL of at most 4096 characters, not {value!r:.60}.")
-    return value.encode(errors="backslashreplace").decode()
-
-
-def _integer(what: str, value: int, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise BadInput(f"{what} must be a whole number from {low} to {high}, not {value!r:.60}.")
-    return value
-
-
-def _duration(value: float | str) -> tuple[float, float]:
-    """Seconds, and how many times the average; one of them is 0."""
-    return (0.0, durations.multiple(value)) if isinstance(value, str) else (_seconds("duration", value), 0.0)
-
-
-def _not_before(countdown: float | None, eta: datetime | None) -> float | None:
-    if countdown is not None and eta is not None:
-        raise BadInput("a task has a countdown or an eta, not both. Nothing was submitted.")
-    if countdown is not None and not isinstance(countdown, (int, float)):
-        raise BadInput(f"countdown must be a number of seconds, not {countdown!r:.60}. Nothing was submitted.")
-    if countdown is not None and countdown <= 0:
-        return None
-    return _moment("eta", eta) if countdown is None else _moment("countdown", countdown)
-
-
-def _moment(what: str, value: float | datetime | None) -> float | None:
-    """Seconds since 1970 of a time, or of so many seconds from now."""
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    return None if value is None else time.time() + _seconds(what, value)
-
-
-def _children(policy: str) -> Children:
-    try:
-        return Children(policy)
-    except ValueError:
-        raise BadInput(f"children must be wait, detach or cancel, not {policy!r:.60}. Nothing was submitted.") from None
-
-
-def _limit(what: str, value: float | None) -> float | None:
-    seconds = None if value is None else _seconds(what, value)
-    if seconds == 0:
-        raise BadInput(f"{what} must be more than 0 seconds. Nothing was submitted.")
-    return seconds
-
-
-def _seconds(what: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise BadInput(f"{what} must be a number of seconds, 0 or more, not {value!r:.60}.")
-    return float(value)

@@ -10,7 +10,7 @@ from aque.errors import BadInput, UnknownTask
 from aque.handles import Handle
 from aque.values import Condition, Dependency
 
-#: Options of a task that its decorator, and each call, may give; see `submitter.Options` for what they mean.
+#: Options of a task that its decorator, and each call, may give; see `options.Options` for what they mean.
 TASK_OPTIONS = (
     "queue",
     "priority",

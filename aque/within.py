@@ -107,7 +107,7 @@ def update_state(
         Task.update_state(task, task_id, state, meta, **options)
 
 
-#: What a plain Celery task gets in place of its own methods of the same names; `canvas` adds its own.
+#: What a plain Celery task gets in place of its own methods of the same names; `replacing` adds its own.
 WAYS: list[Callable[..., Any]] = [retry, update_state]
 
 

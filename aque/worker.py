@@ -20,6 +20,7 @@ from aque import machine, reload, restart
 from aque.acks import Acks
 from aque.announcer import Announcer
 from aque.assignments import Assignments
+from aque.attempt import Attempt
 from aque.chooser import Place, runs_in_pool
 from aque.cleaner import Cleaner
 from aque.commands import CommandRunner
@@ -32,7 +33,7 @@ from aque.processes import lease_clock
 from aque.publisher import EventQueue
 from aque.reaper import Heartbeat
 from aque.resources import Capacity, CpuRequest, format_amounts, parse_indices, parse_memory, parse_tags
-from aque.runner import Attempt, Runner
+from aque.runner import Runner
 from aque.scheduler import Scheduler
 from aque.settings import Settings
 from aque.signals import WorkerSignals

@@ -15,7 +15,8 @@ import time
 
 import psutil
 
-from aque.commands import Command, CommandRunner, Ended
+from aque.commands import CommandRunner
+from aque.supervised import Command, Ended
 
 TRUE = Command((b"/bin/true",), {b"PATH": b"/usr/bin:/bin"}, b"/")
 SLEEP = Command((b"/bin/sleep", b"600"), {b"PATH": b"/usr/bin:/bin"}, b"/")

@@ -10,7 +10,8 @@ from aque.cli import ids
 from aque.cli.farm import Farm
 from aque.durations import multiple
 from aque.errors import BadInput
-from aque.submitter import Options, Submitter
+from aque.options import Options
+from aque.submitter import Submitter
 from aque.values import Condition, Dependency, TaskSpec
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -12,8 +12,8 @@ from aque.cli.farm import open_farm
 from aque.cli.options import seconds
 from aque.cli.show import as_json, count
 from aque.errors import BadInput
+from aque.options import parse_requirement
 from aque.states import COMPLETE_STATES
-from aque.submitter import parse_requirement
 
 #: What every unfinished task has, and what is settled when a worker takes it.
 _ALWAYS = ("priority", "duration")

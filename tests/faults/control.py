@@ -19,7 +19,7 @@ from uuid import uuid4
 import aque
 from aque.graphs import submit_or_add
 from aque.handles import Handle, submitter_of
-from aque.submitter import Options
+from aque.options import Options
 from tests.servers import wait_until
 from tests.worker import tasks
 from tests.worker.brokers import APP, BROKERS, Brokered, served

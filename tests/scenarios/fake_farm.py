@@ -10,8 +10,8 @@ from fractions import Fraction
 from aque import backfill, chooser
 from aque.backfill import Busy, Hold, Load, expected_end
 from aque.chooser import Class, Place
+from aque.options import parse_requirement
 from aque.resources import Capacity, parse_limits, parse_memory, parse_resources
-from aque.submitter import parse_requirement
 from aque.values import Pattern, ReadyTask, Requirement
 from tests.scenarios import scenario
 from tests.scenarios.scenario import Run, Scenario, Task

@@ -51,7 +51,7 @@ class Task:
     priority: int
     after: tuple[str, ...]
     cost: Mapping[str, int]
-    needs: Mapping[str, Any]  #: options of `submitter.Options`, and user
+    needs: Mapping[str, Any]  #: options of `options.Options`, and user
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ import pytest
 import sqlalchemy as sa
 
 from aque import settings
+from aque.options import Options
 from aque.store import Store, submissions
 from aque.store.tables import payload, requirement, task
-from aque.submitter import Options, Submitter
+from aque.submitter import Submitter
 from aque.values import TaskSpec
 from tests.filesystems import FileSystems
 

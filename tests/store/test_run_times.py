@@ -7,9 +7,10 @@ import pytest
 
 from aque import durations, settings
 from aque.durations import ALL, SIZED, Runs, RunTime, Tally
+from aque.options import Options
 from aque.states import State
 from aque.store import Store
-from aque.submitter import Options, Submitter
+from aque.submitter import Submitter
 from aque.values import Pattern, Requirement, TaskSpec
 from tests.store import farm
 

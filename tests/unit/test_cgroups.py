@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from aque import cgroups
-from aque.commands import Command, CommandRunner
+from aque.commands import CommandRunner
+from aque.supervised import Command
 from tests.servers import wait_until
 from tests.unit.test_supervisor import Watched, living, new_mark
 

@@ -17,11 +17,11 @@ from aque.explain import (
     View,
     Worker,
     blame,
-    lasting,
 )
 from aque.resources import Capacity
 from aque.states import State
 from aque.values import Condition, Pattern, ReadyTask, Requirement
+from aque.words import lasting
 
 NOW = 1_000_000.0  # 13:46:40 UTC
 COMMAND = Requirement("celery", Pattern.SHELL)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aque.commands import Command, CommandRunner, Ended, Running
+from aque.commands import CommandRunner, Running
+from aque.supervised import Command, Ended
 from tests.servers import wait_until
 
 LIMIT = 30.0

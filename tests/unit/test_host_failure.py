@@ -4,9 +4,9 @@ import errno
 
 import pytest
 
-from aque.commands import Ended
-from aque.runner import host_failure
+from aque.attempt import host_failure
 from aque.states import Reason
+from aque.supervised import Ended
 from aque.values import NO_REDIRECTIONS, ClaimedTask, Pattern
 
 

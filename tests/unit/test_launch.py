@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from aque import launch
-from aque.commands import Command, CommandRunner, OtherUser
+from aque.commands import CommandRunner
+from aque.supervised import Command, OtherUser
 from tests.unit.test_supervisor import Watched, living, new_mark
 from tests.users import User, two_users
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from aque import commands, processes, server
-from aque.commands import Command, CommandRunner, Ended, Running
+from aque.commands import CommandRunner, Running
+from aque.supervised import Command, Ended
 
 LIMIT_SECONDS = 60.0
 ENV = {b"PATH": os.environb[b"PATH"]}
@@ -607,7 +608,8 @@ def test_a_time_limit_may_be_years(run):
 
 WORKER = """
 import os, sys, threading
-from aque.commands import Command, CommandRunner
+from aque.commands import CommandRunner
+from aque.supervised import Command
 mark, tree = sys.argv[1].encode(), sys.argv[2].encode()
 runner = CommandRunner()
 runner.start()
@@ -684,7 +686,8 @@ def test_the_death_of_a_supervisor_is_told_when_nothing_lives_of_what_it_ran(run
 POOL = """
 import os, signal, subprocess, sys, threading
 from aque import processes
-from aque.commands import Command, CommandRunner
+from aque.commands import CommandRunner
+from aque.supervised import Command
 mark, tree = sys.argv[1:]
 runner = CommandRunner()
 runner.start()

@@ -11,8 +11,9 @@ import pytest
 
 import aque
 from aque import settings
+from aque.options import Options
 from aque.store.engine import file_system
-from aque.submitter import Options, Submitter
+from aque.submitter import Submitter
 from tests.conftest import ON_POSTGRESQL, ON_SQLITE
 from tests.servers import wait_until
 from tests.worker import tasks
