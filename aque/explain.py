@@ -356,7 +356,7 @@ class Situation:
         own = [refusal.message for refusal in self.refusals.get(subject.id, ()) if refusal.host == host]
         for sentence in worker.avoids:
             about, _, rest = sentence.partition(": ")
-            ids = {int(number) for number in re.findall(r"\d+", about)}
+            ids = {int(number) for number in re.findall(r"\d+", about.partition(" and ")[0])}  # " and 3 more"
             said = [message for message in own if rest.startswith(message)]
             if said or (subject.job_id if "job" in about else subject.id) in ids:
                 return f"its host could not start {'it' if said else 'others of it'}: {rest}"

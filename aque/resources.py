@@ -108,10 +108,11 @@ def _numbers(text: str) -> tuple[int, ...]:
     """0,2-3 as numbers; empty for what cannot be read."""
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = (word.strip() for word in part.partition("-"))
-        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) - int(first) > 10_000:
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()) or int(last) - int(first) > 10_000:
             return ()
-        found += range(int(first), int(last or first) + 1)
+        found += range(int(first), int(last) + 1)
     return tuple(found) if len(set(found)) == len(found) else ()
 
 

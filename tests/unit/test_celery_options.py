@@ -13,7 +13,7 @@ from kombu import Exchange, Producer, Queue
 from kombu.common import Broadcast
 
 import aque
-from aque.celery_options import options_of
+from aque.celery_options import is_broadcast, options_of
 from aque.errors import BadInput
 
 
@@ -104,7 +104,11 @@ def test_a_queue_that_the_app_does_not_know_is_fine_unless_it_says_otherwise_and
 
 
 def test_a_broadcast_has_no_queue() -> None:
-    assert asked(app_with(task_queues=[Queue("celery"), Broadcast("all")]), {"queue": "all"})["queue"] is None
+    app = app_with(task_queues=[Queue("celery"), Broadcast("all")])
+    assert asked(app, {"queue": "all"})["queue"] is None
+    assert is_broadcast(app, "t", {"queue": "all"})
+    assert not is_broadcast(app, "t", {})
+    assert not is_broadcast(app_with(), "t", {})
 
 
 # -- times, limits, priorities --------------------------------------------------------------------------------------------

@@ -344,12 +344,25 @@ def test_hosts_are_globs_and_an_exclusion_wins(globs: str, host: str, matches: b
         (Requirement("other", Pattern.SHELL), "queue 'other' is not served"),
         (Requirement("celery", Pattern.SHELL, host="gate"), "host render07 is not one of gate"),
         (Requirement("celery", Pattern.SHELL, platform="darwin"), "platform is linux, not darwin"),
+        (Requirement("celery", Pattern.SHELL, tags="ssd"), "has no tag ssd"),
+        (Requirement("celery", Pattern.SHELL, tags="!old"), "has the tag old, which it must not"),
+        (Requirement("celery", Pattern.SHELL, user="ann"), "user is bob, who cannot run tasks of ann"),
+        (
+            Requirement("celery", Pattern.SHELL, requires_paths=(b"/there", b"/shots")),
+            "/shots is required: not mounted",
+        ),
         (Requirement("celery", Pattern.SHELL, cpus="9"), "needs 9 cpus, there are 8"),
         (Requirement("celery", Pattern.SHELL, memory_bytes=17 * GIB), "needs 17G memory, there is 16G"),
     ],
 )
 def test_a_worker_says_why_it_can_never_run_a_task(requirement: Requirement, sentence: str) -> None:
-    assert chooser.why_never(requirement, PLACE) == sentence
+    place = replace(PLACE, user="bob", tags=frozenset({"old"}), missing_paths={b"/shots": "not mounted"})
+    assert chooser.why_never(requirement, place) == sentence
+
+
+def test_a_worker_that_switches_users_runs_tasks_of_others() -> None:
+    wanted = Requirement("celery", Pattern.SHELL, user="ann")
+    assert chooser.why_never(wanted, replace(PLACE, user="root", switches_user=True)) is None
 
 
 def test_a_farm_says_why_no_worker_can_run_a_task() -> None:
@@ -359,6 +372,12 @@ def test_a_farm_says_why_no_worker_can_run_a_task() -> None:
     assert chooser.why_nowhere(needs_9, [small, PLACE]) == "unsatisfiable: needs 9 cpus, largest worker has 8"
     assert chooser.why_nowhere(Requirement("x", Pattern.SHELL), [PLACE]) == "no worker serves queue 'x'"
     assert chooser.why_nowhere(Requirement("celery", Pattern.SHELL, cpus="8"), [small, PLACE]) is None
+    mac = Requirement("celery", Pattern.SHELL, platform="darwin")
+    assert chooser.why_nowhere(mac, [small, PLACE]) == "unsatisfiable: platform is linux, not darwin"
+    both = chooser.why_nowhere(
+        Requirement("celery", Pattern.SHELL, cpus="4", tags="ssd"), [replace(small, tags=frozenset({"ssd"})), PLACE]
+    )
+    assert both == "unsatisfiable: no worker has all that it asks for (has no tag ssd; needs 4 cpus, there are 2)"
 
 
 def test_a_python_task_takes_a_child_of_the_pool_and_a_free_command_a_place_of_its_own() -> None:

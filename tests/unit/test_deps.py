@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aque.deps import group_end, in_order, is_impossible, is_satisfied, starts
+from aque.deps import group_end, in_order, is_impossible, is_satisfied, needed, starts
 from aque.errors import BadGraph, Cycle
 from aque.states import COMPLETE_STATES, State
 from aque.values import Condition, Dependency
@@ -98,6 +98,7 @@ def test_of_a_complete_task_exactly_one_of_ok_and_failed_is_met_and_any_always(s
     assert is_satisfied(Condition.ANY, state)
     assert is_satisfied(Condition.OK, state) == (state is State.SUCCESS)
     assert is_satisfied(Condition.FAILED, state) == (state is not State.SUCCESS)
+    assert is_satisfied(Condition.ERROR, state) == (state is State.ERROR)
 
 
 @given(acyclic(outside=3), st.fixed_dictionaries({i: st.sampled_from(State) for i in (-1, -2, -3)}), st.data())
@@ -125,3 +126,12 @@ def test_a_group_succeeds_if_all_of_its_members_have() -> None:
     assert group_end([State.SUCCESS, State.SUCCESS]) is State.SUCCESS
     for state in COMPLETE_STATES - {State.SUCCESS}:
         assert group_end([State.SUCCESS, state]) is State.ERROR
+
+
+def test_what_tasks_need_is_found_through_all_that_needs_it_in_turn() -> None:
+    needs = [(1, 2), (2, 3), (4, 3), (5, 4), (3, 6)]
+    assert needed([3], needs, without=()) == {1, 2, 4, 5}
+    assert needed([3], needs, without={4}) == {1, 2}
+    assert needed([2, 4], needs, without=()) == {1, 5}
+    assert needed([1], needs, without=()) == set()
+    assert needed([1], [(1, 2), (2, 1)], without=()) == {1, 2}  # of a graph that is not one, too, it ends

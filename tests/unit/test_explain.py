@@ -236,6 +236,8 @@ def test_a_host_that_could_not_start_it_is_named_with_until_when_it_leaves_it_al
 def test_a_host_that_leaves_the_whole_job_alone_says_that_others_of_it_could_not_start() -> None:
     at = situation(worker(avoids=["jobs 1, 7: no user ann (until 13:47 UTC)"]))
     assert only_view(at).text == "its host could not start others of it: no user ann (until 13:47 UTC)"
+    others = situation(worker(avoids=["jobs 2, 3, 4, 5, 6 and 1 more: no user ann (until 13:47 UTC)"]))
+    assert only_view(others).kind != "refused"
 
 
 def test_a_worker_leaves_it_for_a_moment_to_the_host_that_made_its_input() -> None:
