@@ -307,7 +307,17 @@ class Attempt:
             )
         else:
             stored = codec.encode_error(**answer.error)
-            self._end(State.ERROR, Reason(answer.reason), error=stored, seconds=answer.seconds, cut=ended.truncated)
+            again = None
+            if answer.retry is not None and self.task.failed < answer.retry[1]:
+                again = Again(answer.retry[0], None, True)
+            self._end(
+                State.ERROR,
+                Reason(answer.reason),
+                error=stored,
+                seconds=answer.seconds,
+                cut=ended.truncated,
+                again=again,
+            )
 
     # -- a function ---------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,13 @@ from types import FunctionType
 from typing import Any
 
 from celery import Celery, Task, current_app
+from celery._state import get_current_task
 from celery.app.trace import build_tracer
 from celery.exceptions import Ignore, Reject
 from celery.result import allow_join_result
 
 from aque import codec, contain, current, naming
+from aque.patterns import Retry
 from aque.states import Reason
 from aque.within import Replaced, TryAgain, adopt
 
@@ -81,7 +83,12 @@ def _plain(target: Callable[..., Any]) -> Callable[..., Any]:
         return target
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
+        try:
+            return target(*args, **kwargs)
+        except Retry as wanted:
+            raise get_current_task().retry(
+                exc=wanted.error, countdown=wanted.countdown, max_retries=wanted.max_retries
+            ) from wanted
 
     call.__doc__ = f"Calls {target!r}."
     return call

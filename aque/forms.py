@@ -1,21 +1,24 @@
-"""Other forms of work than a command or a call: a barrier, a reduction, and patterns that packages bring."""
+"""Other forms of work than a command or a call: a barrier, a reduction, and patterns, which packages bring."""
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 from celery import Celery
 
-from aque import own_tasks, patterns
+from aque import codec, own_tasks, patterns
 from aque.celery_app import app_in_use, graph
+from aque.celery_options import own_options
 from aque.errors import BadInput
 from aque.futures import Future
 from aque.graphs import open_graph, submit_or_add
 from aque.handles import Handle, backend_of, submitter_of
-from aque.named_calls import NamedCall, checked
+from aque.named_calls import NamedCall, checked, options_with
 from aque.options import Options
+from aque.submitter import Submitter
 from aque.task_options import id_of
-from aque.values import OWN_INTERPRETER, Condition, Dependency
+from aque.values import OWN_INTERPRETER, Condition, Dependency, TaskSpec
 
 #: In place of an initial value that may be anything.
 _NONE_GIVEN: Any = object()
@@ -81,7 +84,7 @@ def _combined(app: Celery, call: NamedCall, values: list[Any], arity: int) -> Ha
 
 
 def pattern(name: str, app: Celery | None = None, **options: Any) -> Callable[..., Handle]:
-    """What submits tasks of a pattern that a package brings: `aque.pattern("frames", cpus=4)(script="a.nk", last=24)`.
+    """What submits tasks of a pattern: `aque.pattern("frames", cpus=4)(script="a.nk", last=24)`.
 
     `options` are those of `@aque.task`, and stand above the pattern's own. Raises BadInput if it is not installed here. A
     worker on which it is not installed ends the task as `error: cannot_import`.
@@ -92,9 +95,61 @@ def pattern(name: str, app: Celery | None = None, **options: Any) -> Callable[..
     def submit(*args: Any, **kwargs: Any) -> Handle:
         parts = found.prepare(*args, **kwargs)
         chosen = {**found.options(**parts), **given}
-        if not found.in_pool:
-            chosen.setdefault("interpreter", OWN_INTERPRETER)
-        call = NamedCall(f"{patterns.__name__}:named.{name}", str(chosen.pop("name", name)), checked(chosen))
-        return call.submit(app or app_in_use(), [], parts)
+        used = app or app_in_use()
+        submitter, job = submitter_of(used), open_graph.get()
+        task_id = submitter.next_id() if job is None else job.new_id()
+        place: dict[str, Any] = {} if job is None else job.place()
+        spec = pattern_spec(submitter, task_id, name, found, parts, chosen, **place)
+        submit_or_add(submitter, job, spec, strict=False)
+        return Handle(str(task_id), app=used, backend=backend_of(used), task_name=spec.name)
 
     return submit
+
+
+def pattern_spec(
+    submitter: Submitter,
+    task_id: int,
+    name: str,
+    found: patterns.Pattern,
+    parts: Mapping[str, Any],
+    options: Mapping[str, Any],
+    **place: Any,
+) -> TaskSpec:
+    """The row of a task of the pattern `found` with what its `prepare` has returned: a plain command or call, if that is all
+    that it is. Raises BadInput."""
+    chosen = dict(options)
+    if type(found) not in patterns.BUILT_IN:
+        chosen.setdefault("name", name)
+    if isinstance(found, patterns.Python) and "function" in parts:
+        call = NamedCall.of(parts["function"], chosen)
+        if found.is_plain:
+            return call.spec(submitter, task_id, parts["args"], parts["kwargs"], **place)
+        chosen = {**own_options(call.task), **chosen}
+        every = {"args": [*call.args, *parts["args"]], "kwargs": {**call.kwargs, **parts["kwargs"]}}
+        parts = {**parts, "function": call.function, **every}
+    arguments, inputs = codec.encode_arguments([], parts)
+    env = None
+    if isinstance(found, patterns.Shell):
+        own = {os.fsencode(key): os.fsencode(value) for key, value in found.environment(**parts).items()}
+        env = {**os.environb, **own} if own else None
+        if found.is_plain and not inputs:
+            return submitter.command(task_id, found.argv(**parts), options_with(chosen, (), (), parts, place), env=env)
+        if chosen.get("io", True) and not chosen.get("io_paths"):
+            chosen["io_paths"] = submitter.paths_in(list(_texts(parts)))
+    if not found.in_pool:
+        chosen.setdefault("interpreter", OWN_INTERPRETER)
+    function = f"{patterns.__name__}:named.{name}"
+    return submitter.function(
+        task_id, function, name, arguments, inputs, options_with(chosen, inputs, (), parts, place), env=env
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in lists and mappings of any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)

@@ -69,19 +69,14 @@ class NamedCall:
     ) -> TaskSpec:
         """A call as a task."""
         args, kwargs = (*self.args, *args), {**self.kwargs, **kwargs}
-        waits_for = {name: _handles(self.options[name]) for name in DEPENDENCY_OPTIONS if name in self.options}
         if self.task is not None:
+            waits_for = {name: _handles(self.options[name]) for name in DEPENDENCY_OPTIONS if name in self.options}
             options = {**self.options, **waits_for}
             return spec_of_call(
                 self.task.app, submitter, task_id, self.name, self.task, args, kwargs, options, place=place
             )
         arguments, inputs = codec.encode_arguments(args, kwargs)
-        given = {name: value for name, value in self.options.items() if name not in DEPENDENCY_OPTIONS}
-        if callable(given.get("io_paths")):
-            given["io_paths"] = given["io_paths"](*args, **kwargs)
-        edges = edges_of(waits_for)
-        edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
-        chosen = Options(**known_options(given), dependencies=tuple(edges), **place)
+        chosen = options_with(self.options, inputs, args, kwargs, place)
         return submitter.function(task_id, self.function, self.name, arguments, inputs, chosen)
 
     def submit(self, app: Celery, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Handle:
@@ -91,6 +86,23 @@ class NamedCall:
         place: dict[str, Any] = {} if job is None else job.place()
         submit_or_add(submitter, job, self.spec(submitter, task_id, args, kwargs, **place), strict=False)
         return Handle(str(task_id), app=app, backend=backend_of(app), task_name=self.name)
+
+
+def options_with(
+    given: Mapping[str, Any],
+    inputs: Sequence[int],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    place: Mapping[str, Any],
+) -> Options:
+    """What a submitter takes of options as people write them, for a call with these arguments that needs the results `inputs`.
+    Raises BadInput."""
+    own = {name: value for name, value in given.items() if name not in DEPENDENCY_OPTIONS}
+    if callable(own.get("io_paths")):
+        own["io_paths"] = own["io_paths"](*args, **kwargs)
+    edges = edges_of({name: _handles(given[name]) for name in DEPENDENCY_OPTIONS if name in given})
+    edges += [Dependency(i) for i in inputs if Dependency(i) not in edges]
+    return Options(**known_options(own), dependencies=tuple(edges), **place)
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:

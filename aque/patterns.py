@@ -1,43 +1,74 @@
-"""Patterns: ways to run a task that other packages bring, as classes with hooks, found by the entry point `aque.patterns`.
+"""Patterns: ways to run a task that packages bring, as classes with hooks, found by the entry point `aque.patterns`.
 
-A package says in its pyproject.toml, and installs itself wherever such tasks are submitted and run:
+`Shell` and `Python` are the two built in, and what others extend. A package says in its pyproject.toml, and installs itself
+wherever such tasks are submitted and run:
 
     [project.entry-points."aque.patterns"]
     frames = "studio.patterns:Frames"
 
 A pattern's task is a row of the table like any other function's: its function is `aque.patterns:named.NAME`, its arguments are
-the parts that `prepare` has returned, each encoded apart. Hooks run where the task is submitted (`prepare`, `options`), and in
-a process of the task's own (`run`, `outcome`); a worker itself never loads a package of patterns.
+the parts that `prepare` has returned, each encoded apart. `prepare`, `options` and `environment` run where the task is
+submitted; `argv`, `run`, `progress` and `outcome` in a process of the task's own; a worker itself never loads a package of
+patterns. What overrides none of the latter four needs no such process: its row is a plain command, or a plain call.
 """
 
 import os
 import re
+import selectors
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
+from aque import current, taskclient
 from aque.errors import BadInput, CommandFailed
 
 ENTRY_POINTS = "aque.patterns"
-#: Of a command's stdout, as `CommandPattern.outcome` and results have it.
-STDOUT_LIMIT = 64 << 10
+#: Of each of a command's streams, as `Shell.outcome` and results have it.
+KEPT_BYTES = 64 << 10
+#: What a command tells of its progress is passed on once in so many seconds.
+PROGRESS_SECONDS = 1.0
+#: A line that is longer is passed to `progress` without its beginning.
+LONGEST_LINE = 64 << 10
+#: So much is still read when a command has ended: what it had written is in its pipes, what others write does not count.
+DRAINED_BYTES = 2 << 20
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_LINE_ENDS = re.compile(rb"[\r\n]+")
+
+
+class Retry(Exception):
+    """Raised in `run` or `outcome`: the task is to be tried again, `countdown` seconds later.
+
+    `why` is a text, or the exception that ends the task when it has failed more than `max_retries` times.
+    """
+
+    def __init__(self, why: str | Exception, countdown: float = 0.0, max_retries: int = 3) -> None:
+        super().__init__(why)
+        self.error: Exception = why if isinstance(why, Exception) else self
+        self.countdown = max(0.0, float(countdown))
+        self.max_retries = int(max_retries)
 
 
 class Pattern:
-    """A function with hooks around it. One object runs many tasks: it keeps nothing about them."""
+    """What all patterns have. One object runs many tasks: hooks keep nothing about a task in it."""
 
     #: True: in a child of the worker's pool. False: in a Python of its own under the worker's supervision, which takes 0.1 s
     #: to start; what it writes is captured as a command's, its time limits are a command's, and it needs no slot of the pool.
     in_pool = True
 
     def prepare(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Where it is submitted: what is stored, from what the caller wrote; handles of tasks stand for their results. To
-        refuse it, raise aque.errors.BadInput."""
+        """Where it is submitted: what is stored, by name, from what the caller wrote; handles of tasks stand for their
+        results. To refuse it, raise aque.errors.BadInput."""
         if args:
             raise BadInput(f"{type(self).__name__} takes its arguments by name only. Nothing was submitted.")
         return kwargs
@@ -51,74 +82,237 @@ class Pattern:
         raise NotImplementedError(f"{type(self).__name__} has no run()")
 
     def outcome(self, end: Any, **parts: Any) -> Any:
-        """In the task: judge what `run` has returned. What this returns is the result, what it raises the task's error."""
+        """In the task: judge what `run` has returned. What this returns is the result, what it raises the task's error, and
+        Retry another attempt."""
         return end
+
+    def tell(self, progress: Any) -> None:
+        """For hooks in the task: show this, anything that JSON has, to whoever asks how far the task is."""
+        taskclient.tell(taskclient.own_address(), "PROGRESS", progress)
+
+    @property
+    def is_plain(self) -> bool:
+        """True if nothing of it happens in the task that a plain command, or call, does not do."""
+        return False
 
     def __call__(self, **parts: Any) -> Any:
         """What a worker calls."""
         return self.outcome(self.run(**parts), **parts)
 
+    def _overrides(self, kind: type, *names: str) -> bool:
+        return any(getattr(type(self), name) is not getattr(kind, name) for name in names)
+
+
+class Python(Pattern):
+    """Call a function: what `aque call` and calls of tasks do."""
+
+    def prepare(self, function: Any, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """`function` is one that has a name, or "module:qualname"."""
+        return {"function": function, "args": args, "kwargs": kwargs}
+
+    def run(self, **parts: Any) -> Any:
+        """Call it. The parts are `function`, by its name, `args` and `kwargs`."""
+        from aque import own_tasks  # Celery: a command's process does not need it, and starts faster without
+
+        (result,) = own_tasks.each(parts["function"], [parts["args"]], kwargs=parts["kwargs"])
+        return result
+
+    @property
+    def is_plain(self) -> bool:
+        return not self._overrides(Python, "run", "outcome", "__call__", "in_pool")
+
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a command has ended, with the beginning of what it wrote."""
+    """How a command has ended, with some of what it wrote, in which undecodable bytes are backslash-escaped."""
 
     exit_code: int | None  #: None: by a signal
     signal: int | None
-    stdout: str  #: at most 64 KiB, undecodable bytes backslash-escaped
-    truncated: bool  #: it wrote more
+    stdout: str  #: its first 64 KiB
+    truncated: bool  #: it wrote more to its stdout
+    stderr: str  #: its last 64 KiB
 
 
-class CommandPattern(Pattern):
-    """A command with hooks around it. All that it writes is captured, live, as of any command."""
+class Shell(Pattern):
+    """Run a command: what `aque submit` and `aque.shell` do."""
 
     in_pool = False
     #: Exit codes that count as a success.
-    success_codes: Sequence[int] = (0,)
+    success_codes: ClassVar[Sequence[int]] = (0,)
+    #: Exit codes after which it is tried again, with the seconds until then; the last of `max_retries` is an error.
+    retry_codes: ClassVar[Mapping[int, float]] = MappingProxyType({})
+    max_retries = 3
 
-    def argv(self, **parts: Any) -> Sequence[str]:
-        """In the task: the command, as a list of words."""
-        raise NotImplementedError(f"{type(self).__name__} has no argv()")
+    def prepare(self, *words: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """The words of the command."""
+        if kwargs:
+            raise BadInput(f"{type(self).__name__} takes the words of a command only. Nothing was submitted.")
+        return {"words": words}
+
+    def environment(self, **parts: Any) -> Mapping[str, str]:
+        """Where it is submitted: variables that it gets beside those of this process."""
+        return {}
+
+    def argv(self, **parts: Any) -> Sequence[Any]:
+        """In the task: the command, as a list of words: texts or paths."""
+        words: Sequence[Any] = parts["words"]
+        return words
+
+    def progress(self, line: str, **parts: Any) -> Any:
+        """In the task, for each line of its stdout and stderr, while it runs: how far it is, as for `tell`, or None. A line
+        ends with a line feed or a carriage return."""
+        return None
 
     def run(self, **parts: Any) -> End:
-        """Run it, in the task's directory and environment."""
+        """Run it, in the task's directory and environment; all that it writes is passed on."""
         words = [os.fspath(word) for word in self.argv(**parts)]
-        kept, written = bytearray(), 0
-        with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            while piece := os.read(process.stdout.fileno(), 1 << 16):
-                kept += piece[: STDOUT_LIMIT - len(kept)]
-                written += len(piece)
-                _write(piece)
-        status = process.returncode
-        shown = kept.decode(errors="backslashreplace")
-        return End(None if status < 0 else status, -status if status < 0 else None, shown, written > len(kept))
+        listens = self._overrides(Shell, "progress")
+        with _outlasting_signals():
+            return _run(words, _Progress(self, parts) if listens else None)
 
     def outcome(self, end: End, **parts: Any) -> Any:
-        """A result as of `aque.shell`, for a status that counts as a success. Raises CommandFailed for all others."""
+        """A result as of `aque.shell`, for a status that counts as a success. Raises Retry or CommandFailed for others."""
         if end.signal is not None:
             raise CommandFailed(f"the command was ended by signal {end.signal}.")
+        failure = CommandFailed(f"the command exited with status {end.exit_code}.")
+        if (countdown := self.retry_codes.get(end.exit_code or 0)) is not None:
+            raise Retry(failure, countdown, self.max_retries)
         if end.exit_code not in self.success_codes:
-            raise CommandFailed(f"the command exited with status {end.exit_code}.")
-        return {name: value for name, value in asdict(end).items() if name != "signal"}
+            raise failure
+        return {"exit_code": end.exit_code, "stdout": end.stdout, "truncated": end.truncated}
+
+    @property
+    def is_plain(self) -> bool:
+        own = ("argv", "run", "progress", "outcome", "__call__", "success_codes", "retry_codes", "in_pool")
+        return not self._overrides(Shell, *own)
 
 
-def _write(data: bytes) -> None:
-    """To this process's stdout, which the task's is."""
-    sys.stdout.flush()
+#: The classes of Aque's own: their tasks are called after what they run, others' after the pattern.
+BUILT_IN = (Python, Shell)
+
+
+# -- running a command ------------------------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """What a pattern makes of the lines of its command, told now and then."""
+
+    def __init__(self, pattern: Shell, parts: Mapping[str, Any]) -> None:
+        self._pattern = pattern
+        self._parts = parts
+        self._rest = {1: b"", 2: b""}
+        self._untold: Any = None
+        self._told_at = -PROGRESS_SECONDS
+        self._is_broken = False
+
+    def hear(self, fd: int, piece: bytes) -> None:
+        """It has written this. What its pattern raises is written to its stderr, once: a slip in the reading of lines is no
+        reason to lose hours of work."""
+        *lines, rest = _LINE_ENDS.split(self._rest[fd] + piece)
+        self._rest[fd] = rest[-LONGEST_LINE:]
+        for line in filter(None, () if self._is_broken else lines):
+            try:
+                found = self._pattern.progress(line.decode(errors="backslashreplace"), **self._parts)
+            except Exception:
+                self._is_broken = True
+                traceback.print_exc()
+                print("aque: progress() raised this, and is not called any more; the command goes on.", file=sys.stderr)
+                return
+            if found is not None:
+                self._untold = found
+
+    def tell(self) -> float | None:
+        """Tell the latest if it is time. Seconds until it is; None: there is nothing to tell."""
+        if self._untold is None:
+            return None
+        now = time.monotonic()
+        if (early := self._told_at + PROGRESS_SECONDS - now) > 0:
+            return early
+        self._pattern.tell(self._untold)
+        self._untold, self._told_at = None, now
+        return None
+
+
+def _run(words: Sequence[str], progress: _Progress | None) -> End:
+    """Until the command itself has ended, whoever else holds its pipes by then."""
+    kept, written = bytearray(), 0
+    last: deque[bytes] = deque()
+    with (
+        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+        selectors.DefaultSelector() as selector,
+    ):
+        assert process.stdout is not None and process.stderr is not None
+        selector.register(process.stdout, selectors.EVENT_READ, 1)
+        selector.register(process.stderr, selectors.EVENT_READ, 2)
+        ended = os.pidfd_open(process.pid)
+        selector.register(ended, selectors.EVENT_READ, 0)
+        left = DRAINED_BYTES
+        while selector.get_map() and left > 0:
+            is_over = ended not in selector.get_map()
+            timeout = None if progress is None else progress.tell()
+            ready = selector.select(0 if is_over else timeout)
+            if is_over and not ready:
+                break
+            for key, _ in ready:
+                fd = key.data
+                if fd == 0:
+                    selector.unregister(ended)
+                elif not (piece := os.read(key.fd, 1 << 16)):
+                    selector.unregister(key.fileobj)
+                else:
+                    _write(fd, piece)
+                    left -= len(piece) if is_over else 0
+                    if fd == 1:
+                        kept += piece[: KEPT_BYTES - len(kept)]
+                        written += len(piece)
+                    else:
+                        last.append(piece)
+                        while sum(map(len, last)) - len(last[0]) >= KEPT_BYTES:
+                            last.popleft()
+                    if progress is not None:
+                        progress.hear(fd, piece)
+        os.close(ended)
+    status = process.returncode
+    stdout, stderr = (text.decode(errors="backslashreplace") for text in (kept, b"".join(last)[-KEPT_BYTES:]))
+    return End(None if status < 0 else status, -status if status < 0 else None, stdout, written > len(kept), stderr)
+
+
+@contextmanager
+def _outlasting_signals() -> Iterator[None]:
+    """A signal of the supervisor's reaches this process and the command, which may take its grace to end well: this process
+    waits to hear how it does. What gets no supervisor, such as `aque.execute`, is left as it is."""
+    if "AQUE_WORKER" not in current.variables() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Handlers, since the command would inherit that a signal is ignored.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write(fd: int, data: bytes) -> None:
+    """To this process's stdout or stderr, which the task's is."""
+    (sys.stdout if fd == 1 else sys.stderr).flush()
     while data:
-        data = data[os.write(1, data) :]
+        data = data[os.write(fd, data) :]
+
+
+# -- by their names -----------------------------------------------------------------------------------------------------------
 
 
 def installed() -> dict[str, EntryPoint]:
-    """The patterns that packages bring in this environment, by name; nothing of them is imported. `.value` is where a
-    pattern is defined, `.dist.name` the package."""
+    """The patterns that there are in this environment, by name; nothing of them is imported. `.value` is where a pattern is
+    defined, `.dist.name` the package."""
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 def load(name: str) -> Pattern:
-    """The pattern of this name. Raises BadInput, or what its package raises when it is imported."""
-    if not _NAME.fullmatch(name):
+    """The pattern of this name. Raises BadInput if there is none, or if it cannot be imported."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BadInput(f"a pattern's name is letters, digits, _ and -, and starts with a letter, not {name!r:.80}.")
     found = tuple(entry_points(group=ENTRY_POINTS, name=name))
     if not found:
@@ -131,10 +325,16 @@ def load(name: str) -> Pattern:
             f"there are several patterns {name!r}, {' and '.join(sorted(point.value for point in found))}: uninstall all "
             "packages but one that bring it."
         )
-    kind = found[0].load()
-    if not (isinstance(kind, type) and issubclass(kind, Pattern)):
+    try:
+        kind = found[0].load()
+        pattern = kind() if isinstance(kind, type) and issubclass(kind, Pattern) else None
+    except Exception as error:
+        raise BadInput(
+            f"the pattern {name!r}, {found[0].value}, cannot be loaded for {sys.executable}: {type(error).__name__}: {error}."
+        ) from error
+    if pattern is None:
         raise BadInput(f"the pattern {name!r}, {found[0].value}, is no subclass of aque.patterns.Pattern.")
-    return kind()
+    return pattern
 
 
 class _Named:

@@ -49,6 +49,9 @@ class Answer(NamedTuple):
     error: "dict[str, str]"
     shown: "str"  #: of the value, for events
     seconds: "float"
+    retry: "tuple[float, int] | None" = (
+        None  #: it asks for another attempt, so many seconds later, unless so many have failed
+    )
 
 
 @lru_cache(maxsize=1)
@@ -88,7 +91,8 @@ def _answer(text: "bytes") -> "Answer":
     if not isinstance(found, dict):
         raise ValueError("not an answer")
     reason, value, error, seconds = (found.get(name) for name in ("reason", "value", "error", "seconds"))
-    known = reason in ("", "exception", "cannot_import", "not_storable")
+    retry = found.get("retry")
+    known = reason in ("", "exception", "cannot_import", "not_storable") and (retry is None or _is_retry(retry))
     if (
         not known
         or not isinstance(seconds, (int, float))
@@ -104,7 +108,16 @@ def _answer(text: "bytes") -> "Answer":
     if all(0 < len(part) <= ERROR_TEXT_LIMIT for part in recipe.values()):
         fields.update(recipe)
     encoded = None if value is None else value.encode()
-    return Answer(str(reason), encoded, fields, str(found.get("shown", ""))[:1024], float(seconds))
+    wanted = None if retry is None else (float(retry[0]), int(retry[1]))
+    return Answer(str(reason), encoded, fields, str(found.get("shown", ""))[:1024], float(seconds), wanted)
+
+
+def _is_retry(found: "Any") -> "bool":
+    return (
+        isinstance(found, list)
+        and len(found) == 2
+        and all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in found)
+    )
 
 
 # -- the interpreter's side -------------------------------------------------------------------------------------------
@@ -141,10 +154,15 @@ def _call(wanted: "dict[str, Any]") -> "dict[str, Any]":
         value = target(*args, **kwargs)
     except SystemExit as error:
         return _error("exception", "builtins.SystemExit", str(error.code), traceback.format_exc())
-    except BaseException as error:
-        kind = f"{type(error).__module__}.{type(error).__qualname__}"
-        found = _error("exception", kind, _text(error), traceback.format_exc())
-        found["error"].update(_recipe(error))
+    except BaseException as raised:
+        retry: Any = getattr(sys.modules.get("aque.patterns"), "Retry", ())
+        asks: Any = raised if isinstance(raised, retry) else None
+        told = raised if asks is None else asks.error
+        kind = f"{type(told).__module__}.{type(told).__qualname__}"
+        found = _error("exception", kind, _text(told), traceback.format_exc())
+        found["error"].update(_recipe(told))
+        if asks is not None:
+            found["retry"] = [asks.countdown, asks.max_retries]
         return found
     try:
         encoded = None if value is None else encode(value)

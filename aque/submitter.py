@@ -268,6 +268,13 @@ class Submitter:
         named = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
         return Redirections(**{what: None if path is None else read_path(what, path) for what, path in named.items()})
 
+    def paths_in(self, words: Sequence[str | bytes]) -> tuple[bytes, ...]:
+        """The paths that these words name, as those of a command's; none where `io_hints` is off."""
+        if not self.settings.io_hints:
+            return ()
+        encoded = [b"", *map(os.fsencode, words)]  # of a command the first is the program
+        return hints.paths_in(encoded, os.getcwdb(), Looks(self._file_systems).prefix)
+
     def function(
         self,
         task_id: int,

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,7 @@ from aque.cli import waiting
 from aque.cli.exit_status import exit_status, sentence
 from aque.cli.farm import Farm, open_farm
 from aque.cli.options import check_strict, read, task_options
+from aque.cli.pattern_tasks import pattern_spec
 from aque.cli.show import complain
 from aque.cli.submit import print_id
 from aque.errors import BadInput, NotSubmittable
@@ -28,10 +30,10 @@ from aque.values import TaskSpec
 @click.option(
     "--interpreter", metavar="FILE", default="", help="Run it under this Python (3.6 or newer), not the worker's."
 )
+@click.option("--pattern", metavar="NAME", help="Give the arguments to this pattern, in place of a function.")
 @click.option("--wait", is_flag=True, help="Wait, and print the result as JSON.")
-@click.argument("function", metavar="MODULE:FUNCTION")
-@click.argument("words", metavar="[JSON...]", nargs=-1, type=click.UNPROCESSED)
-def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
+@click.argument("words", metavar="MODULE:FUNCTION [JSON...]", nargs=-1, type=click.UNPROCESSED)
+def command(words: tuple[str, ...], **chosen: Any) -> int:
     """Run a Python function, which a worker imports by its name, and print the id of the task.
 
     The arguments are JSON: one list of them, one object with them by name, or each as a word of its own. Functions are
@@ -44,7 +46,23 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
     aque call report:build '{"title": "May", "pages": [1, 2]}'
     aque call --cpus all --after @last simulate:run '[1000, 0.5]'
     aque call --interpreter /opt/tool/bin/python tool.render:frame 7
+    aque call --pattern nuke '{"script": "comp.nk", "first": 1, "last": 24}'
     """
+    with open_farm() as farm:
+        submitter = Submitter(farm.store, farm.settings)
+        spec = (
+            _of_pattern(farm, submitter, words, chosen) if chosen["pattern"] else _call(farm, submitter, words, chosen)
+        )
+        check_strict(submitter, chosen, [spec])
+        state = submitter.submit([spec])[spec.id]
+        waits = chosen["wait"] or chosen["local"]
+        print_id(spec, state, chosen["as_json"], waits)
+        return _wait(farm, spec, chosen["local"]) if waits else 0
+
+
+def _call(farm: Farm, submitter: Submitter, words: tuple[str, ...], chosen: dict[str, Any]) -> TaskSpec:
+    function, *arguments = words or ("",)
+    args, kwargs = _arguments(arguments)
     module_name, colon, path = function.partition(":")
     if not colon or not module_name or not path:
         raise BadInput(
@@ -52,7 +70,7 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
         )
     context = click.get_current_context()
     if not chosen["interpreter"]:  # another one may have modules that are not here
-        own = _options_of(_function(function), *_arguments(words))
+        own = _options_of(_function(function), args, kwargs)
         if chosen["io"] or chosen["no_io"]:  # what the caller says of its paths replaces all that the task says
             own = {name: value for name, value in own.items() if name not in ("io", "no_io")}
         chosen |= {
@@ -60,17 +78,16 @@ def command(function: str, words: tuple[str, ...], **chosen: Any) -> int:
             for name, value in own.items()
             if name in chosen and context.get_parameter_source(name) is ParameterSource.DEFAULT
         }
-    arguments = _encode(*_arguments(words))
-    with open_farm() as farm:
-        submitter = Submitter(farm.store, farm.settings)
-        options = read(farm, chosen)
-        (task_id,) = submitter.reserve(1)
-        spec = submitter.function(task_id, function, function.replace(":", "."), arguments, [], options)
-        check_strict(submitter, chosen, [spec])
-        state = submitter.submit([spec])[task_id]
-        waits = chosen["wait"] or chosen["local"]
-        print_id(spec, state, chosen["as_json"], waits)
-        return _wait(farm, spec, chosen["local"]) if waits else 0
+    encoded = _encode(args, kwargs)
+    options = read(farm, chosen)
+    (task_id,) = submitter.reserve(1)
+    return submitter.function(task_id, function, function.replace(":", "."), encoded, [], options)
+
+
+def _of_pattern(farm: Farm, submitter: Submitter, words: tuple[str, ...], chosen: dict[str, Any]) -> TaskSpec:
+    args, kwargs = _arguments(words)
+    (task_id,) = submitter.reserve(1)
+    return pattern_spec(farm, submitter, task_id, chosen, args, kwargs)
 
 
 def _wait(farm: Farm, spec: TaskSpec, local: bool) -> int:
@@ -82,7 +99,8 @@ def _wait(farm: Farm, spec: TaskSpec, local: bool) -> int:
     except KeyboardInterrupt:
         return waiting.interrupted(spec.id, local)
     if end.state is State.SUCCESS:
-        print((end.value or b"null").decode(), flush=True)
+        with farm.store.connect() as connection:
+            print(farm.store.values(connection, [spec.id])[spec.id].decode(), flush=True)
     elif said := sentence(end):
         complain(said)
     return exit_status(end)
@@ -152,7 +170,7 @@ def _function(text: str) -> Any:
     return found
 
 
-def _arguments(words: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(words: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
     """One list: by position; one object: by name; else one word each."""
     values = [_value(word) for word in words]
     if len(values) == 1 and isinstance(values[0], list):

@@ -30,6 +30,7 @@ VERBS = {
         "wait": "wait for tasks to end",
         "events": "print what happens to tasks, as it happens",
         "workers": "list workers",
+        "patterns": "list the patterns that packages bring",
         "doctor": "check the store",
     },
     "Change": {

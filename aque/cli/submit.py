@@ -10,6 +10,7 @@ from aque.cli import captured, waiting
 from aque.cli.exit_status import exit_status, sentence
 from aque.cli.farm import Farm, open_farm
 from aque.cli.options import check_strict, read, task_options
+from aque.cli.pattern_tasks import pattern_spec
 from aque.cli.show import as_json, complain
 from aque.errors import BadInput
 from aque.states import State
@@ -22,6 +23,7 @@ _FOR_A_SHELL = frozenset(" \t\n|<>;&")
 
 @click.command(name="submit", context_settings={"allow_interspersed_args": False})
 @task_options
+@click.option("--pattern", metavar="NAME", help="Give the words to this pattern: see `aque patterns`.")
 @click.option("--cwd", metavar="DIR", help="Run it in this directory; else in the current one.")
 @click.option("--stdin", metavar="FILE", help="Its input: a file there, or `-`: ours, read now and stored; else none.")
 @click.option(
@@ -45,26 +47,43 @@ def command(words: tuple[str, ...], **chosen: Any) -> int:
     aque submit --cpus 1/4 --memory 2G --after 12,20-29 -- render scene.blend
     aque submit --wait --local -- make
     aque submit --shell 'sort "$1" | uniq -c > counts' names.txt
+    aque submit --pattern nuke -- comp.nk 1 24
     """
-    argv = _argv(words, chosen["shell"])
     with open_farm() as farm:
         submitter = Submitter(farm.store, farm.settings)
-        options = read(farm, chosen)
-        is_ours = chosen["stdin"] == "-"
-        stdin = sys.stdin.buffer.read(farm.settings.stdin_limit_bytes + 1) if is_ours else None
-        files = submitter.redirections(None if is_ours else chosen["stdin"], chosen["stdout"], chosen["stderr"])
-        (task_id,) = submitter.reserve(1)
-        cwd = os.path.abspath(chosen["cwd"]) if chosen["cwd"] else None
-        spec = submitter.command(
-            task_id, argv, options, stdin=stdin, redirections=files, login=chosen["login"], cwd=cwd
+        spec = (
+            _of_pattern(farm, submitter, words, chosen)
+            if chosen["pattern"]
+            else _command(farm, submitter, words, chosen)
         )
         check_strict(submitter, chosen, [spec])
         states = submitter.submit([spec])
         if not (chosen["wait"] or chosen["watch"] or chosen["local"]):
-            print_id(spec, states[task_id], chosen["as_json"], waits=False)
+            print_id(spec, states[spec.id], chosen["as_json"], waits=False)
             return 0
-        print_id(spec, states[task_id], chosen["as_json"], waits=True)
+        print_id(spec, states[spec.id], chosen["as_json"], waits=True)
         return _wait(farm, spec, chosen["watch"], chosen["local"])
+
+
+def _command(farm: Farm, submitter: Submitter, words: tuple[str, ...], chosen: dict[str, Any]) -> TaskSpec:
+    argv = _argv(words, chosen["shell"])
+    options = read(farm, chosen)
+    is_ours = chosen["stdin"] == "-"
+    stdin = sys.stdin.buffer.read(farm.settings.stdin_limit_bytes + 1) if is_ours else None
+    files = submitter.redirections(None if is_ours else chosen["stdin"], chosen["stdout"], chosen["stderr"])
+    (task_id,) = submitter.reserve(1)
+    cwd = os.path.abspath(chosen["cwd"]) if chosen["cwd"] else None
+    return submitter.command(task_id, argv, options, stdin=stdin, redirections=files, login=chosen["login"], cwd=cwd)
+
+
+def _of_pattern(farm: Farm, submitter: Submitter, words: tuple[str, ...], chosen: dict[str, Any]) -> TaskSpec:
+    if said := [option for option in ("cwd", "stdin", "stdout", "stderr", "login", "shell") if chosen[option]]:
+        raise BadInput(
+            f"--{said[0]} is for commands as they stand; what becomes of its words is the pattern's business. Nothing was "
+            "submitted: choose one."
+        )
+    (task_id,) = submitter.reserve(1)
+    return pattern_spec(farm, submitter, task_id, chosen, words, {})
 
 
 def print_id(spec: TaskSpec, state: State, as_line_of_json: bool, waits: bool) -> None:

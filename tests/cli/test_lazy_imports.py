@@ -33,6 +33,7 @@ def imported(aque: Aque, *words: str) -> set[str]:
         ("set", "@last", "priority=1"),
         ("workers",),
         ("doctor",),
+        ("patterns",),
         ("events",),
         ("init",),
         ("submit", "--", "true"),

@@ -96,3 +96,10 @@ def replaced(self: Any, value: int) -> Any:
 def write_error(request: Any, exc: BaseException, traceback: str, path: str) -> None:
     """An error callback."""
     append(path, f"{type(exc).__name__}: {exc}")
+
+
+def third_time(path: str) -> int:
+    """Records that it was called; 0, and from the third call on the number of calls."""
+    append(path, "called")
+    calls = lines(path)
+    return calls if calls >= 3 else 0
