@@ -130,6 +130,8 @@ class ConsumerStep(bootsteps.StartStopStep):
         _look_up_from_waiting(consumer.connection)
         _survive_closing(consumer.connection)
         aque.eventer.dispatcher = dispatcher = consumer.event_dispatcher
+        if dispatcher:
+            dispatcher.send = aque.eventer.send_of_worker
         # Strategies close over the handler that was there before, and over who sends the events of ordinary tasks: in the
         # thread that reads the pool's results, which a broker that hangs must not hold up.
         consumer.event_dispatcher = AlwaysEnabled(aque.eventer) if dispatcher else dispatcher
@@ -139,6 +141,8 @@ class ConsumerStep(bootsteps.StartStopStep):
 
     def close(self, consumer: Any) -> None:
         """The worker stops: called before any step of Celery takes leave of the broker."""
+        if (aque := consumer.controller.aque) is not None:
+            aque.eventer.is_leaving = True
         for connected in (consumer, consumer.event_dispatcher):
             if connection := getattr(connected, "connection", None):
                 _bound_closing(connection)
