@@ -134,6 +134,8 @@ def outage(on: Brokered, directory: Path, seconds: float) -> Report:
             return tasks.echo.delay(1)
 
     monitor = Monitor(client)
+    # The worker's heartbeat, every 2 s: on Redis who has just begun to listen misses what is published in the next moment.
+    wait_until(lambda: monitor.events, LIMIT, "a monitor hears the worker")
     last = wait_until(submitted, LIMIT, "a task is submitted")
     events_again = monitor.wait_for(last, "task-succeeded")[-1] == "task-succeeded"
     monitor.end()
