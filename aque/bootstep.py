@@ -12,7 +12,7 @@ import atexit
 import logging
 import os
 import sys
-from contextlib import suppress
+import time
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from celery.concurrency import get_implementation
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.platforms import EX_OK, strargv
 from celery.signals import worker_init, worker_process_init
+from celery.utils.threads import bound_open_broker_sockets
 from celery.worker import state as celery_state
 from celery.worker.consumer.tasks import Tasks
 
@@ -42,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 #: So long an embedded worker waits for the supervisors' server to end, which it does at once.
 SERVER_SECONDS = 5.0
-#: So long a stopping worker waits for the broker's answer to each channel that it closes.
-CLOSE_SECONDS = 2.0
+#: So long a stopping worker waits for a broker's answers, for all of one connection together.
+CLOSE_SECONDS = 5.0
 
 
 class WorkerStep(bootsteps.StartStopStep):
@@ -124,10 +125,13 @@ class ConsumerStep(bootsteps.StartStopStep):
             consumer.on_task_request = lambda request: aque.charge(request, self._handle)
             for name in ("add_task_queue", "cancel_task_queue"):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
+            _restore_prefetch_from_the_loop(consumer)
         consumer.call_soon_ack = aque.acks.soon
         _look_up_from_waiting(consumer.connection)
         _survive_closing(consumer.connection)
         aque.eventer.dispatcher = dispatcher = consumer.event_dispatcher
+        if dispatcher:
+            dispatcher.send = aque.eventer.send_of_worker
         # Strategies close over the handler that was there before, and over who sends the events of ordinary tasks: in the
         # thread that reads the pool's results, which a broker that hangs must not hold up.
         consumer.event_dispatcher = AlwaysEnabled(aque.eventer) if dispatcher else dispatcher
@@ -135,9 +139,13 @@ class ConsumerStep(bootsteps.StartStopStep):
         consumer.event_dispatcher = dispatcher
         self._serve(consumer, aque)
 
-    def stop(self, consumer: Any) -> None:
-        """Before Celery closes its channels."""
-        _bound_closing(consumer.connection)
+    def close(self, consumer: Any) -> None:
+        """The worker stops: called before any step of Celery takes leave of the broker."""
+        if (aque := consumer.controller.aque) is not None:
+            aque.eventer.is_leaving = True
+        for connected in (consumer, consumer.event_dispatcher):
+            if connection := getattr(connected, "connection", None):
+                _bound_closing(connection)
 
     def _serve(self, consumer: Any, aque: AqueWorker) -> None:
         if consumer.task_consumer is not None:
@@ -165,14 +173,38 @@ def _look_up_from_waiting(connection: Any) -> None:
     connection.drain_events = drain
 
 
+def _restore_prefetch_from_the_loop(consumer: Any) -> None:
+    """After a reconnection Celery raises the prefetch count again with each acknowledgement: a question to the broker, asked by
+    the thread that reads the pool's results, while the loop reads from the same connection. Who reads the other's answer leaves
+    it waiting for ever: the pool without results, the loop deaf to remote control and to signals. Let the loop ask."""
+    restore = consumer._restore_prefetch_count_after_connection_restart
+    consumer._restore_prefetch_count_after_connection_restart = partial(consumer.call_soon, restore)
+
+
 def _bound_closing(connection: Any) -> None:
-    """RabbitMQ's client waits without end for the answer to each channel that it closes, and a worker would not obey TERM when
-    none comes: seen after the broker had been away."""
+    """A broker that hangs answers nothing, and Celery's warm shutdown would wait for that without end."""
+    bound_open_broker_sockets(connection, CLOSE_SECONDS)
     client = getattr(connection, "_connection", None)  # not the property, which would connect
-    sock = getattr(getattr(client, "transport", None), "sock", None)
-    if sock is not None:
-        with suppress(OSError):  # it is closed
-            sock.settimeout(CLOSE_SECONDS)
+    if connection.transport.driver_type == "amqp" and client is not None:
+        client.drain_events = _Patience(client.drain_events, CLOSE_SECONDS)
+
+
+class _Patience:
+    """RabbitMQ's client asks a dozen questions when it closes its channels. They have `seconds` together: who has not answered
+    the first will not answer the others, and acknowledgements can be sent all the while."""
+
+    def __init__(self, drain_events: Any, seconds: float) -> None:
+        self._drain_events = drain_events
+        self._left = seconds
+
+    def __call__(self, timeout: float | None = None) -> Any:
+        if timeout is not None:
+            return self._drain_events(timeout=timeout)
+        began = time.monotonic()
+        try:
+            return self._drain_events(timeout=self._left)
+        finally:
+            self._left = max(0.0, self._left - (time.monotonic() - began))
 
 
 def _survive_closing(connection: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from celery import Celery
+from celery.events.event import group_from
 
 from aque.errors import StoreError
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 QUEUE_LIMIT = 20_000
 #: Events of one message; Celery and Flower read lists of them.
 BATCH = 100
+HEARTBEAT, OFFLINE = "worker-heartbeat", "worker-offline"
 
 #: The fields (uuid, name, ...) of these tasks that every event has, by id; those that there are not are left out.
 Describe = Callable[[Sequence[int]], Mapping[int, Mapping[str, Any]]]
@@ -39,9 +41,12 @@ class EventQueue:
         self._describe = describe
         self._hostname = hostname
         self._queue: deque[tuple[str, dict[str, Any]]] = deque(maxlen=QUEUE_LIMIT)
+        self._heartbeat: dict[str, Any] | None = None
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
+        #: The worker stops.
+        self.is_leaving = False
         #: The consumer's own, while there is one: it knows whether somebody wants task events (`enable_events`).
         self.dispatcher: Any = None
 
@@ -63,6 +68,24 @@ class EventQueue:
         if self.enabled:
             self._queue.append((kind, {"timestamp": time.time(), **fields}))
             self._wake.set()
+
+    def send_of_worker(self, kind: str, retry: bool = False, **fields: Any) -> None:
+        """Stands for the `send` of the consumer's dispatcher: Celery's heartbeats hold its lock while they try to reach the
+        broker, without end, and a worker that stops or connects again waits for that lock. `retry` is Celery's.
+
+        Of heartbeats only the latest waits, and that a worker went offline is told of one that stops: how it was while the
+        broker was away is of no use to anybody.
+        """
+        dispatcher = self.dispatcher
+        if dispatcher is None or not dispatcher.enabled or (kind == OFFLINE and not self.is_leaving):
+            return
+        if dispatcher.groups and group_from(kind) not in dispatcher.groups:
+            return
+        event = {"timestamp": time.time(), **fields}
+        self._heartbeat = event if kind == HEARTBEAT else None
+        if kind != HEARTBEAT:
+            self._queue.append((kind, event))
+        self._wake.set()
 
     def send_about(self, kind: str, ids: Iterable[int], **fields: Any) -> None:
         """Queue an event for each of these tasks. What else is told of them is looked up by the thread that publishes."""
@@ -94,7 +117,8 @@ class EventQueue:
                     while True:
                         self._wake.wait()
                         self._wake.clear()
-                        while self._queue:
+                        while self._queue or self._heartbeat:
+                            connection.connect()  # if that fails, nothing has been taken from the queue yet
                             self._publish(dispatcher)
                             pause = 0.1
                         if self._closing:
@@ -115,6 +139,9 @@ class EventQueue:
             else:
                 for about in self._look_up(ids):
                     dispatcher.send(kind, **about, **fields)
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat is not None:
+            dispatcher.send(HEARTBEAT, **heartbeat)
         dispatcher.flush()
 
     def _look_up(self, ids: Sequence[int]) -> Iterable[Mapping[str, Any]]:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import aque
+from aque.errors import StoreUnreachable
 from tests.servers import PostgreSQL, wait_until
 from tests.worker import tasks
-from tests.worker.brokers import BROKERS, Brokered, served
+from tests.worker.brokers import BROKERS, Brokered, Monitor, served
 
 #: How long what comes after an outage may take.
 LIMIT = 60.0
@@ -36,6 +37,7 @@ class Report:
     meanwhile: int  #: tasks of the table that started and ended while the broker was away
     survived: bool  #: what ran before it ended as it should
     control_seconds: float  #: after it, until remote control answered
+    events_again: bool  #: after it a monitor heard the events of a task of the table
     ordinary_seconds: float  #: after it, until all ordinary tasks of before had run
     lost: int  #: tasks of the table that did not run
     #: ordinary ones; Redis may have taken one off its list for a connection that died, and then kombu has it nowhere
@@ -46,11 +48,12 @@ class Report:
     def row(self) -> str:
         return (
             f"{self.broker:16}{self.meanwhile:>10}{'yes' if self.survived else 'NO':>10}{self.control_seconds:>10.1f}"
+            f"{'yes' if self.events_again else 'NO':>8}"
             f"{self.ordinary_seconds:>10.1f}{self.lost:>6}{self.ordinary_lost:>11}{self.twice:>7}{self.ordinary_twice:>16}"
         )
 
     HEADER = (
-        f"{'broker':16}{'meanwhile':>10}{'survived':>10}{'control s':>10}{'plain s':>10}{'lost':>6}"
+        f"{'broker':16}{'meanwhile':>10}{'survived':>10}{'control s':>10}{'events':>8}{'plain s':>10}{'lost':>6}"
         f"{'plain lost':>11}{'twice':>7}{'plain twice':>16}"
     )
 
@@ -125,6 +128,17 @@ def outage(on: Brokered, directory: Path, seconds: float) -> Report:
     gate.touch()
     ends = [on.farm.wait_for_state(task, "success", "error") for task in long_ones]
     assert client.send_task("tests.worker.ordinary.multiply", (2, 3)).get(timeout=LIMIT) == 6
+
+    def submitted() -> Any:
+        with suppress(StoreUnreachable):  # PostgreSQL: the connections of who submits here are gone, too
+            return tasks.echo.delay(1)
+
+    monitor = Monitor(client)
+    # The worker's heartbeat, every 2 s: on Redis who has just begun to listen misses what is published in the next moment.
+    wait_until(lambda: monitor.events, LIMIT, "a monitor hears the worker")
+    last = wait_until(submitted, LIMIT, "a task is submitted")
+    events_again = monitor.wait_for(last, "task-succeeded")[-1] == "task-succeeded"
+    monitor.end()
     lines = noted()
     wanted = [f"ours-{n}" for n in range(10)]
     wanted += [f"more-{n}" for n in range(0, meanwhile, 2)]
@@ -134,6 +148,7 @@ def outage(on: Brokered, directory: Path, seconds: float) -> Report:
         meanwhile,
         all(row["state"] == "success" and row["attempt"] == 1 for row in ends),
         control_seconds,
+        events_again,
         ordinary_seconds,
         sum(1 for line in wanted if not lines[line]),
         sum(1 for n in range(ORDINARY) if not lines[f"plain-{n}"]),

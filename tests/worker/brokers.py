@@ -5,16 +5,17 @@ with served("rabbitmq", directory) as brokered:
     brokered.stop(); brokered.start()       # the broker, where it is a server
 """
 
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from celery import Celery
 
-from tests.servers import PostgreSQL, RabbitMQ, Redis, Server
-from tests.worker.farm import Farm, Worker
+from tests.servers import PostgreSQL, RabbitMQ, Redis, Server, wait_until
+from tests.worker.farm import LIMIT_SECONDS, Farm, Worker
 
 BROKERS = ("aque+sqlite", "aque+postgresql", "rabbitmq", "redis")
 APP = "tests.worker.ordinary"
@@ -69,3 +70,40 @@ def served(
         worker.wait_until_it_answers(client)
         yield Brokered(name, farm, worker, client, server)
         client.close()
+
+
+class Monitor:
+    """Hears every event from the moment that it is made."""
+
+    def __init__(self, client: Celery) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._app = client
+        self._listens = threading.Event()
+        self._over = False
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        assert self._listens.wait(LIMIT_SECONDS)
+
+    def _listen(self) -> None:
+        with self._app.connection() as connection:
+            receiver = self._app.events.Receiver(connection, handlers={"*": self.events.append})
+            with receiver.consumer_context() as (listening, _, _):
+                self._listens.set()
+                while not self._over:
+                    with suppress(TimeoutError):
+                        listening.drain_events(timeout=0.2)
+
+    def of(self, task: Any) -> list[str]:
+        """The kinds of a task's events, in order."""
+        return [event["type"] for event in list(self.events) if event.get("uuid") == task.id]
+
+    def event(self, task: Any, kind: str) -> dict[str, Any]:
+        return next(event for event in self.events if event.get("uuid") == task.id and event["type"] == kind)
+
+    def wait_for(self, task: Any, kind: str) -> list[str]:
+        wait_until(lambda: kind in self.of(task), LIMIT_SECONDS, f"{kind} of {task}; there are {self.of(task)}")
+        return self.of(task)
+
+    def end(self) -> None:
+        self._over = True
+        self._thread.join()

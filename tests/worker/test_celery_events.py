@@ -1,58 +1,16 @@
 """Celery's events of tasks of the table, as a monitor on the broker hears them."""
 
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from celery import Celery
 
 import aque
-from tests.servers import wait_until
 from tests.worker import tasks
-from tests.worker.brokers import Brokered, served
+from tests.worker.brokers import Brokered, Monitor, served
 from tests.worker.farm import LIMIT_SECONDS
 
 LIMIT = LIMIT_SECONDS
-
-
-class Monitor:
-    """Hears every event from the moment that it is made."""
-
-    def __init__(self, client: Celery) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._app = client
-        self._listens = threading.Event()
-        self._over = False
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-        assert self._listens.wait(LIMIT)
-
-    def _listen(self) -> None:
-        with self._app.connection() as connection:
-            receiver = self._app.events.Receiver(connection, handlers={"*": self.events.append})
-            with receiver.consumer_context() as (listening, _, _):
-                self._listens.set()
-                while not self._over:
-                    with suppress(TimeoutError):
-                        listening.drain_events(timeout=0.2)
-
-    def of(self, task: Any) -> list[str]:
-        """The kinds of a task's events, in order."""
-        return [event["type"] for event in list(self.events) if event.get("uuid") == task.id]
-
-    def event(self, task: Any, kind: str) -> dict[str, Any]:
-        return next(event for event in self.events if event.get("uuid") == task.id and event["type"] == kind)
-
-    def wait_for(self, task: Any, kind: str) -> list[str]:
-        wait_until(lambda: kind in self.of(task), LIMIT, f"{kind} of {task}; there are {self.of(task)}")
-        return self.of(task)
-
-    def end(self) -> None:
-        self._over = True
-        self._thread.join()
 
 
 @pytest.fixture(scope="module")
