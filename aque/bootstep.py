@@ -29,7 +29,7 @@ import aque.panel  # noqa: F401  in place of Celery's revoke and terminate
 from aque import reload, restart, title
 from aque.commands import CommandRunner
 from aque.contain import Strangers
-from aque.errors import BadSetting
+from aque.errors import AqueError, BadSetting
 from aque.farm import farm_of, settings_of
 from aque.inprocess import InProcess, SoloPool, in_process
 from aque.pool import TaskPool
@@ -60,6 +60,15 @@ class WorkerStep(bootsteps.StartStopStep):
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:
+        try:
+            self._start(worker)
+        except AqueError as error:
+            if not _is_program(worker):
+                raise
+            logger.critical("%s", error)  # the sentence says it all; Celery would print a traceback of its own loop
+            raise SystemExit(error.exit_status) from None
+
+    def _start(self, worker: Any) -> None:
         settings = settings_of(worker.app)
         handover = restart.handover
         if handover is None:
@@ -197,10 +206,13 @@ def _is_program(worker: Any) -> bool:
 def _refuse(worker: Any) -> None:
     """Raise BadSetting for what cannot work; a program ends with the sentence. Celery's signals would swallow the exception."""
     why = _why_not(worker)
-    if why and _is_program(worker):
-        raise SystemExit(f"celery worker: {why} Nothing was started.")
-    if why:
-        raise BadSetting(f"{why} Nothing was started.")
+    if why is None:
+        return
+    error = BadSetting(f"{why} Nothing was started.")
+    if _is_program(worker):
+        print(f"celery worker: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status)
+    raise error
 
 
 def _why_not(worker: Any) -> str | None:

@@ -21,7 +21,7 @@ from kombu.utils.json import dumps, loads
 from aque.doorbell import Doorbell, ring, wait_readable
 from aque.errors import StoreUnreachable
 from aque.store import bus
-from aque.store.engine import Connection, DatabaseError, Engine, shown_url, transaction
+from aque.store.engine import Connection, DatabaseError, Engine, driver_error, shown_url, transaction
 from aque.version import __version__
 
 TRANSPORT_ALIASES["aque"] = "aque.transport:Transport"
@@ -342,7 +342,7 @@ class Transport(virtual.Transport):
             if not bus.is_gone(error):
                 raise
             reason = str(error.orig).strip().partition("\n")[0]
-            raise BusUnreachable(f"cannot use the message bus {self._shown_url()}: {reason}") from error
+            raise BusUnreachable(f"cannot use the message bus {self._shown_url()}: {reason}") from driver_error(error)
         except ConnectionResetError as error:
             raise BusUnreachable(f"lost the message bus {self._shown_url()}: {error}") from error
 

@@ -228,7 +228,7 @@ def refused(farm: Farm, *words: str, **env: str) -> str:
         cwd=ROOT,
         check=False,
     )
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not farm.live()
     return done.stderr
