@@ -14,14 +14,14 @@ import os
 import sys
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from billiard.process import current_process
 from celery import bootsteps
 from celery.concurrency import get_implementation
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.platforms import EX_OK, strargv
-from celery.signals import worker_init, worker_process_init
+from celery.signals import celeryd_init, worker_init, worker_process_init
 from celery.worker import state as celery_state
 from celery.worker.consumer.tasks import Tasks
 
@@ -210,9 +210,29 @@ def _refuse(worker: Any) -> None:
         return
     error = BadSetting(f"{why} Nothing was started.")
     if _is_program(worker):
-        print(f"celery worker: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_status)
+        _leave(error)
     raise error
+
+
+def _leave(error: AqueError) -> NoReturn:
+    print(f"celery worker: {error}", file=sys.stderr)
+    raise SystemExit(error.exit_status)
+
+
+@celeryd_init.connect
+def _check_broker(instance: Any, **_: Any) -> None:
+    """Of a program, before Celery looks at the URL, which would be a traceback: whether there is a transport for it."""
+    if WorkerStep in instance.app.steps["worker"]:
+        try:
+            instance.app.connection_for_read()  # connects to nothing
+        except BadSetting as error:
+            _leave(error)
+        except KeyError as error:  # kombu's, with a sentence
+            _leave(
+                BadSetting(
+                    f"{error.args[0]}. Nothing was started: check AQUE_CELERY_BROKER, or the broker_url of the app."
+                )
+            )
 
 
 def _why_not(worker: Any) -> str | None:

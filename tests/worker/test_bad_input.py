@@ -164,6 +164,7 @@ def test_a_database_without_tables_and_one_of_another_version_are_refused(fresh_
         ),
         ("aque.celery_app", "AQUE_BROKER=postgresql://a:secret@127.0.0.1:1/b", 69, "cannot use the store postgresql"),
         ("aque.celery_app", "AQUE_RLIMITS=all", 2, "rlimits cannot be 'all'"),
+        ("aque.celery_app", "AQUE_CELERY_BROKER=pigeon://loft", 2, "No such transport: pigeon"),
         ("tests.worker.ordinary", "AQUE_STATE_DIR=/proc/aque", 69, "cannot create the state directory /proc/aque"),
     ],
 )
@@ -183,6 +184,39 @@ def test_a_worker_that_cannot_use_its_farm_ends_with_the_sentence_alone(
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert "secret" not in done.stdout + done.stderr
+
+
+def test_a_broker_on_redis_without_its_package_is_a_sentence_where_the_broker_is_used_and_nowhere_else(
+    environment: dict[str, str],
+) -> None:
+    script = """if True:
+        import sys
+
+        sys.modules["redis"] = None  # as where it is not installed
+        import aque
+        from tests.worker.ordinary import app, multiply
+
+        print("submitted", aque.shell(["true"]).id)
+        try:
+            multiply.delay(1, 2)
+        except aque.errors.BadSetting as error:
+            print("refused:", error)
+        app.worker_main(["worker", "-c", "1"])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        env=environment | {"AQUE_CELERY_BROKER": "redis://127.0.0.1:1"},
+        cwd=ROOT,
+        check=False,
+    )
+    needs = "a broker on Redis needs the package redis: pip install 'aque[redis]'."
+    assert done.stdout.splitlines() == ["submitted 1", f"refused: {needs}"], done.stderr
+    assert done.stderr.splitlines()[-1] == f"celery worker: {needs}"
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("state_dir", ["/proc/aque", "/dev/null/aque"])
