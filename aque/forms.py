@@ -10,8 +10,8 @@ from aque import own_tasks, patterns
 from aque.celery_app import app_in_use, graph
 from aque.errors import BadInput
 from aque.futures import Future
-from aque.graphs import open_graph, submit_or_add
-from aque.handles import Handle, backend_of, submitter_of
+from aque.graphs import submit_or_add
+from aque.handles import Handle, backend_of, open_graph, submitter_of
 from aque.named_calls import NamedCall, checked
 from aque.submitter import Options
 from aque.task_options import id_of

@@ -10,6 +10,8 @@ from typing import Any
 
 import psycopg2
 import pytest
+from celery import group
+from celery.exceptions import TimeoutError
 
 import aque
 from aque import settings
@@ -106,6 +108,23 @@ def test_a_graph_inside_a_graph_and_a_dependency_of_a_stranger_are_refused(quiet
         job.depend(outside, on=aque.shell(["true"]))
     with pytest.raises(BadInput, match="condition"), aque.graph() as job:
         job.depend(aque.shell(["true"]), on=outside, condition="maybe")
+    assert quiet_farm.counts() == {"ready": 1}
+
+
+@pytest.mark.parametrize("what", ["task", "command", "named", "group", "job"])
+def test_to_wait_for_a_task_of_a_graph_that_is_open_is_refused_with_where_it_ends(quiet_farm: Farm, what: str) -> None:
+    earlier = aque.shell(["true"])
+    with pytest.raises(BadInput, match="submitted at the end of `with"), aque.graph() as job:
+        with pytest.raises(TimeoutError):
+            earlier.get(timeout=0)  # what was submitted before may be waited for
+        handle = {
+            "task": lambda: tasks.add.delay(1, 2),
+            "command": lambda: aque.shell(["true"]),
+            "named": lambda: tasks.add.apply_async((1, 2), task_id="of my own"),
+            "group": lambda: group(tasks.add.s(1, 2), tasks.add.s(3, 4)).apply_async(),
+            "job": lambda: job.handle,
+        }[what]()
+        handle.get(timeout=0)
     assert quiet_farm.counts() == {"ready": 1}
 
 
