@@ -14,14 +14,14 @@ import os
 import sys
 import time
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from billiard.process import current_process
 from celery import bootsteps
 from celery.concurrency import get_implementation
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.platforms import EX_OK, strargv
-from celery.signals import worker_init, worker_process_init
+from celery.signals import celeryd_init, worker_init, worker_process_init
 from celery.utils.threads import bound_open_broker_sockets
 from celery.worker import state as celery_state
 from celery.worker.consumer.tasks import Tasks
@@ -30,7 +30,7 @@ import aque.panel  # noqa: F401  in place of Celery's revoke and terminate
 from aque import reload, restart, title
 from aque.commands import CommandRunner
 from aque.contain import Strangers
-from aque.errors import BadSetting
+from aque.errors import AqueError, BadSetting
 from aque.farm import farm_of, settings_of
 from aque.inprocess import InProcess, SoloPool, in_process
 from aque.pool import TaskPool
@@ -61,6 +61,15 @@ class WorkerStep(bootsteps.StartStopStep):
         super().__init__(worker, **options)
 
     def start(self, worker: Any) -> None:
+        try:
+            self._start(worker)
+        except AqueError as error:
+            if not _is_program(worker):
+                raise
+            logger.critical("%s", error)  # the sentence says it all; Celery would print a traceback of its own loop
+            raise SystemExit(error.exit_status) from None
+
+    def _start(self, worker: Any) -> None:
         settings = settings_of(worker.app)
         handover = restart.handover
         if handover is None:
@@ -229,10 +238,33 @@ def _is_program(worker: Any) -> bool:
 def _refuse(worker: Any) -> None:
     """Raise BadSetting for what cannot work; a program ends with the sentence. Celery's signals would swallow the exception."""
     why = _why_not(worker)
-    if why and _is_program(worker):
-        raise SystemExit(f"celery worker: {why} Nothing was started.")
-    if why:
-        raise BadSetting(f"{why} Nothing was started.")
+    if why is None:
+        return
+    error = BadSetting(f"{why} Nothing was started.")
+    if _is_program(worker):
+        _leave(error)
+    raise error
+
+
+def _leave(error: AqueError) -> NoReturn:
+    print(f"celery worker: {error}", file=sys.stderr)
+    raise SystemExit(error.exit_status)
+
+
+@celeryd_init.connect
+def _check_broker(instance: Any, **_: Any) -> None:
+    """Of a program, before Celery looks at the URL, which would be a traceback: whether there is a transport for it."""
+    if WorkerStep in instance.app.steps["worker"]:
+        try:
+            instance.app.connection_for_read()  # connects to nothing
+        except BadSetting as error:
+            _leave(error)
+        except KeyError as error:  # kombu's, with a sentence
+            _leave(
+                BadSetting(
+                    f"{error.args[0]}. Nothing was started: check AQUE_CELERY_BROKER, or the broker_url of the app."
+                )
+            )
 
 
 def _why_not(worker: Any) -> str | None:

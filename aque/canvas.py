@@ -17,8 +17,8 @@ from aque.announcements import Announcement
 from aque.calls import check_id, is_ours, spec_of_call, takes_all
 from aque.codec import Failure, Reference
 from aque.errors import BadInput
-from aque.graphs import Ids, open_graph
-from aque.handles import GroupHandle, Handle, backend_of, submitter_of
+from aque.graphs import Ids
+from aque.handles import GroupHandle, Handle, backend_of, open_graph, submitter_of
 from aque.options import Options
 from aque.signatures import (
     copy_of,

@@ -15,8 +15,8 @@ from aque.bootstep import ConsumerStep, WorkerStep
 from aque.celery_task import Task
 from aque.errors import BadInput, NotSubmittable
 from aque.farm import farm_of, settings_of
-from aque.graphs import Graph, open_graph, submit_or_add
-from aque.handles import Handle, backend_of, submitter_of
+from aque.graphs import Graph, submit_or_add
+from aque.handles import Handle, backend_of, open_graph, submitter_of
 from aque.options import Options
 from aque.task_options import TASK_OPTIONS, edges_of, known_options, meant
 

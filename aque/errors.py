@@ -25,14 +25,20 @@ A message says what happened, what was not done, and what to do.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 
 class AqueError(Exception):
     """Base of all errors of Aque."""
 
+    #: Of a command, or a worker, that ends with it.
+    exit_status: ClassVar[int] = 1
+
 
 class BadInput(AqueError, ValueError):
     """The caller gave something that cannot work; nothing was done."""
+
+    exit_status = 2
 
 
 class BadReservation(BadInput):
@@ -77,6 +83,8 @@ class UnknownTask(BadGraph):
 
 class StoreError(AqueError):
     """The store could not be used; nothing was done."""
+
+    exit_status = 69
 
 
 class StoreUnreachable(StoreError):

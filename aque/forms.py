@@ -12,8 +12,8 @@ from aque.celery_app import app_in_use, graph
 from aque.celery_options import own_options
 from aque.errors import BadInput
 from aque.futures import Future
-from aque.graphs import open_graph, submit_or_add
-from aque.handles import Handle, backend_of, submitter_of
+from aque.graphs import submit_or_add
+from aque.handles import Handle, backend_of, open_graph, submitter_of
 from aque.named_calls import NamedCall, checked, options_with
 from aque.options import Options
 from aque.submitter import Submitter

@@ -1,6 +1,5 @@
 """A graph that is open: tasks that are submitted together, in one transaction."""
 
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +56,12 @@ class Graph:
         if is_spare:
             self._spare.add(spec.id)
 
+    def has(self, celery_id: str) -> bool:
+        """True if this is the id of the job, or of one of its tasks, as Celery has it."""
+        if celery_id.isdecimal():
+            return int(celery_id) == self.id or int(celery_id) in self._specs
+        return any(spec.celery_id == celery_id for spec in self._specs.values())
+
     def place(self) -> dict[str, Any]:
         """The next task's place in the job."""
         return {"job_id": self.id, "seq": len(self._specs)}
@@ -80,9 +85,6 @@ class Graph:
         members = tuple(Dependency(task_id, Condition.ANY) for task_id in self._specs if task_id not in self._spare)
         options = Options(name=self._name, dependencies=members, job_id=self.id)
         self._submitter.submit([*self._specs.values(), self._submitter.group(self.id, options)])
-
-
-open_graph: ContextVar[Graph | None] = ContextVar("open_graph", default=None)
 
 
 def submit_or_add(submitter: Submitter, job: Graph | None, spec: TaskSpec, strict: bool) -> None:

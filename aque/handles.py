@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, current_app
@@ -14,10 +14,16 @@ from vine import barrier
 
 from aque import codec, control
 from aque.backend import Backend
-from aque.errors import TaskSkipped, UnknownTask
+from aque.errors import BadInput, TaskSkipped, UnknownTask
 from aque.farm import farm_of
 from aque.store import Tree
 from aque.submitter import Submitter
+
+if TYPE_CHECKING:
+    from aque.graphs import Graph
+
+#: In this context; what it has is submitted at its end.
+open_graph: ContextVar["Graph | None"] = ContextVar("open_graph", default=None)
 
 
 class Handle(AsyncResult):
@@ -76,7 +82,8 @@ class Handle(AsyncResult):
 
     def get(self, *args: Any, propagate: bool = True, follow_parents: bool = True, **options: Any) -> Any:
         """As Celery's. For a step of a chain that was skipped the exception of the step that has failed is raised, and for
-        a task that a graph has replaced that of the task in it."""
+        a task that a graph has replaced that of the task in it. BadInput within the `with aque.graph()` that submits it."""
+        _refuse_unsubmitted([self.id])
         try:
             value = super().get(*args, propagate=propagate, follow_parents=False, **options)
             is_skipped = isinstance(value, TaskSkipped) and (self.parent is not None or self._has_run())
@@ -191,6 +198,7 @@ class GroupHandle(GroupResult):
         on_interval: Any = None,
     ) -> list[Any]:
         """The results in order; of a failed member its exception is raised, or with propagate=False in its place."""
+        _refuse_unsubmitted([self.id, *(result.id for result in self.results)])
         if self._is_eager:
             found: list[Any] = super().join(timeout=timeout, propagate=propagate, callback=callback)
             return found
@@ -234,6 +242,15 @@ class GroupHandle(GroupResult):
         app = app or (cls.app if isinstance(cls.app, Celery) else current_app._get_current_object())
         tree = backend_of(app).group_tree(str(id))
         return None if tree is None else _group_handle(app, tree)
+
+
+def _refuse_unsubmitted(celery_ids: list[str]) -> None:
+    graph = open_graph.get()
+    if graph is not None and (inside := next((i for i in celery_ids if graph.has(i)), None)):
+        raise BadInput(
+            f"task {inside} cannot be waited for yet: its graph is submitted at the end of `with aque.graph()`. Wait after "
+            "that, or give the handle to another task of the graph, as an argument."
+        )
 
 
 def _group_handle(app: Celery, tree: Tree) -> GroupHandle:

@@ -20,8 +20,7 @@ from aque.backend import Backend
 from aque.celery_app import app_in_use
 from aque.errors import BadInput, CommandFailed, TaskCancelled, TaskSkipped, UnknownTask
 from aque.farm import settings_of
-from aque.graphs import open_graph
-from aque.handles import StandIn, stand_in
+from aque.handles import StandIn, open_graph, stand_in
 from aque.settings import Settings
 from aque.states import CELERY_STATE, Reason, State
 from aque.submitter import Submitter

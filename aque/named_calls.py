@@ -14,8 +14,8 @@ from aque.calls import function_of, spec_of_call
 from aque.celery_options import own_options
 from aque.errors import NotSubmittable
 from aque.futures import Future
-from aque.graphs import open_graph, submit_or_add
-from aque.handles import Handle, backend_of, submitter_of
+from aque.graphs import submit_or_add
+from aque.handles import Handle, backend_of, open_graph, submitter_of
 from aque.naming import name_of
 from aque.options import Options
 from aque.submitter import Submitter

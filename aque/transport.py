@@ -10,6 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from importlib import import_module
 from queue import Empty
 from typing import Any
 
@@ -19,12 +21,26 @@ from kombu.transport.virtual import exchange as exchange_types
 from kombu.utils.json import dumps, loads
 
 from aque.doorbell import Doorbell, ring, wait_readable
-from aque.errors import StoreUnreachable
+from aque.errors import BadSetting, StoreUnreachable
 from aque.store import bus
-from aque.store.engine import Connection, DatabaseError, Engine, shown_url, transaction
+from aque.store.engine import Connection, DatabaseError, Engine, driver_error, shown_url, transaction
 from aque.version import __version__
 
 TRANSPORT_ALIASES["aque"] = "aque.transport:Transport"
+
+
+def _with_redis(transport: str) -> str:
+    try:
+        import_module("redis")
+    except ImportError:
+        raise BadSetting("a broker on Redis needs the package redis: pip install 'aque[redis]'.") from None
+    return transport
+
+
+# Kombu calls what is callable there when the first URL with that scheme is used. Its own transport fails to be imported with
+# an AttributeError, which names neither the package nor the remedy.
+for _scheme in ("redis", "rediss", "sentinel"):
+    TRANSPORT_ALIASES[_scheme] = partial(_with_redis, TRANSPORT_ALIASES[_scheme])  # type: ignore[assignment]
 
 #: A consumer looks this often even if no doorbell rings, and looks for what dead ones have left. Seconds.
 SAFETY_POLL = 5.0
@@ -342,7 +358,7 @@ class Transport(virtual.Transport):
             if not bus.is_gone(error):
                 raise
             reason = str(error.orig).strip().partition("\n")[0]
-            raise BusUnreachable(f"cannot use the message bus {self._shown_url()}: {reason}") from error
+            raise BusUnreachable(f"cannot use the message bus {self._shown_url()}: {reason}") from driver_error(error)
         except ConnectionResetError as error:
             raise BusUnreachable(f"lost the message bus {self._shown_url()}: {error}") from error
 

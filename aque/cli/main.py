@@ -13,7 +13,7 @@ from importlib import import_module
 import click
 
 from aque.cli.show import complain
-from aque.errors import AqueError, BadInput, StoreError
+from aque.errors import AqueError, BadInput
 from aque.version import __version__
 
 #: Verb -> what it does, as `aque` alone lists them.
@@ -127,7 +127,7 @@ def run(command: click.Command, program: str, arguments: Sequence[str]) -> int:
         if debug:
             raise
         complain(str(error))
-        return 2 if isinstance(error, BadInput) else 69 if isinstance(error, StoreError) else 1
+        return error.exit_status
     except OSError as error:
         if debug:
             raise

@@ -1,11 +1,18 @@
 """`aque output`: print what tasks wrote."""
 
+import json
+import sys
+from contextlib import suppress
+
 import click
 
 from aque.cli import captured, ids, waiting
-from aque.cli.exit_status import INTERRUPTED
-from aque.cli.farm import Farm, open_farm
+from aque.cli.exit_status import INTERRUPTED, sentence
+from aque.cli.farm import Farm, batches, open_farm
+from aque.cli.show import complain, escape
 from aque.errors import BadInput
+from aque.states import COMPLETE_STATES, State
+from aque.store import StoredResult
 
 
 @click.command(name="output")
@@ -36,6 +43,7 @@ def command(words: tuple[str, ...], watch: bool, tag: bool, only_stderr: bool, a
             return _follow(farm, wanted, list(streams), printer)
         if not only_stderr and attempt is None and not tag:
             captured.copy(farm, wanted)
+            _tell_of_functions(farm, wanted)
             return 0
         attempts = {row["id"]: attempt or row["attempt"] for row in farm.rows(wanted, ["id", "attempt"])}
         for task_id in wanted:
@@ -58,4 +66,38 @@ def _follow(farm: Farm, wanted: list[int], streams: list[int], printer: captured
                 printer.end(task_id)
     except KeyboardInterrupt:
         return INTERRUPTED
+    _tell_of_functions(farm, wanted)
     return 0
+
+
+def _tell_of_functions(farm: Farm, wanted: list[int]) -> None:
+    """On stderr: where to look for what is not captured of functions in a worker's pool; of those that failed the traceback."""
+    rows = farm.rows(wanted, ["id", "state", "pattern", "interpreter", "attempt"])
+    pooled = {
+        row["id"]: State(row["state"])
+        for row in rows
+        if row["pattern"] == "python" and not row["interpreter"] and row["attempt"]
+    }
+    with farm.store.connect() as connection:
+        for batch in batches(pooled):
+            for task_id, _, _ in farm.store.output_sizes(connection, batch):  # those of other users are captured
+                pooled.pop(task_id, None)
+    for end in waiting.ends(farm, [i for i, state in pooled.items() if state is State.ERROR]):
+        if said := sentence(end):
+            complain(said)
+        for line in _traceback(end).splitlines():
+            print(escape(line), file=sys.stderr)
+    if ended_well := [i for i, state in pooled.items() if state not in COMPLETE_STATES or state is State.SUCCESS]:
+        shown = ", ".join(map(str, ended_well[:10])) + (", ..." if len(ended_well) > 10 else "")
+        complain(
+            f"what a Python function prints goes to its worker's log, and is not captured (task {shown}); `.get()` in Python "
+            "returns its result."
+        )
+
+
+def _traceback(end: StoredResult) -> str:
+    with suppress(ValueError):
+        stored = json.loads(end.error or b"null")
+        if isinstance(stored, dict):
+            return str(stored.get("traceback") or "")
+    return ""

@@ -261,11 +261,13 @@ def sqlstate(error: sa.exc.DBAPIError) -> str:
     return getattr(error.orig, "pgcode", None) or ""
 
 
-def can_run_again(error: Exception) -> bool:
-    """True for a deadlock, a serialization failure, or an SQLite lock that was not free in time."""
-    if not isinstance(error, sa.exc.DBAPIError):
-        return False
-    return sqlstate(error) in RETRY_STATES or "database is locked" in str(error.orig)
+def can_run_again(error: BaseException | None) -> bool:
+    """True for a deadlock, a serialization failure, or an SQLite lock that was not free in time, raised by SQLAlchemy or by
+    its driver."""
+    of_driver = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+    if isinstance(of_driver, sqlite3.OperationalError):
+        return "database is locked" in str(of_driver)
+    return getattr(of_driver, "pgcode", None) in RETRY_STATES
 
 
 def again(work: Callable[[], T], tries: int = 10) -> T:
@@ -274,9 +276,7 @@ def again(work: Callable[[], T], tries: int = 10) -> T:
         try:
             return work()
         except Exception as error:
-            if n == tries - 1 or not can_run_again(
-                error.__cause__ if isinstance(error.__cause__, Exception) else error
-            ):
+            if n == tries - 1 or not can_run_again(error.__cause__ or error):
                 raise
             time.sleep(0.01 * (n + 1))
     raise AssertionError
@@ -321,7 +321,13 @@ def reachable(engine: sa.Engine) -> Iterator[None]:
         first = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
         raise StoreUnreachable(
             f"cannot use the store {where}: {first}. Nothing was done. Check AQUE_BROKER and that the server is up."
-        ) from error
+        ) from driver_error(error)
+
+
+def driver_error(error: sa.exc.DBAPIError) -> BaseException | None:
+    """What the driver said, as the cause of a sentence: without SQLAlchemy's hundred lines on the way there, which hide the
+    sentence when a traceback is printed. (They are still the sentence's `__context__`.)"""
+    return None if error.orig is None else error.orig.with_traceback(None)
 
 
 def row_set(dialect: str, parameter: str, **columns: sa.types.TypeEngine[Any]) -> Any:

@@ -1,5 +1,8 @@
 """What cannot work is refused where it is given: a sentence, and nothing half done."""
 
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -7,9 +10,12 @@ from typing import Any
 
 import psycopg2
 import pytest
+from celery import group
+from celery.exceptions import TimeoutError
 
 import aque
 from aque import settings
+from aque.celery_app import app
 from aque.errors import (
     AqueError,
     BadInput,
@@ -23,7 +29,7 @@ from aque.errors import (
 from aque.store import open_store
 from tests.servers import PostgreSQL, free_port
 from tests.worker import tasks
-from tests.worker.farm import Farm
+from tests.worker.farm import LIMIT_SECONDS, ROOT, Farm
 
 BAD: dict[str, tuple[Callable[[], Any], type[AqueError], str]] = {
     "reservation": (lambda: aque.shell(["true"], cpus="lots"), BadReservation, "'1.5'"),
@@ -105,6 +111,23 @@ def test_a_graph_inside_a_graph_and_a_dependency_of_a_stranger_are_refused(quiet
     assert quiet_farm.counts() == {"ready": 1}
 
 
+@pytest.mark.parametrize("what", ["task", "command", "named", "group", "job"])
+def test_to_wait_for_a_task_of_a_graph_that_is_open_is_refused_with_where_it_ends(quiet_farm: Farm, what: str) -> None:
+    earlier = aque.shell(["true"])
+    with pytest.raises(BadInput, match="submitted at the end of `with"), aque.graph() as job:
+        with pytest.raises(TimeoutError):
+            earlier.get(timeout=0)  # what was submitted before may be waited for
+        handle = {
+            "task": lambda: tasks.add.delay(1, 2),
+            "command": lambda: aque.shell(["true"]),
+            "named": lambda: tasks.add.apply_async((1, 2), task_id="of my own"),
+            "group": lambda: group(tasks.add.s(1, 2), tasks.add.s(3, 4)).apply_async(),
+            "job": lambda: job.handle,
+        }[what]()
+        handle.get(timeout=0)
+    assert quiet_farm.counts() == {"ready": 1}
+
+
 def test_one_task_that_depends_on_another_in_two_ways_is_refused(quiet_farm: Farm) -> None:
     first = aque.shell(["true"])
     with pytest.raises(BadInput, match="one way only"):
@@ -122,10 +145,20 @@ def test_a_chain_of_5000_in_one_graph_is_submitted(quiet_farm: Farm) -> None:
 def test_a_database_that_does_not_answer_is_one_sentence_without_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     monkeypatch.setenv("AQUE_BROKER", f"postgresql://someone:secret@127.0.0.1:{port}/nothing")
-    for call in (lambda: aque.shell(["true"]), lambda: tasks.add.delay(1, 2), lambda: list(aque.tasks())):
+    ways: list[Callable[[], Any]] = [
+        lambda: aque.shell(["true"]),
+        lambda: tasks.add.delay(1, 2),
+        lambda: list(aque.tasks()),
+        app.AsyncResult("1").get,
+        lambda: app.AsyncResult("1").state,
+    ]
+    for call in ways:
         with pytest.raises(StoreUnreachable, match=str(port)) as raised:
             call()
         assert "secret" not in str(raised.value)
+        printed = "".join(traceback.format_exception(raised.value))
+        assert "sqlalchemy" not in printed  # nothing but the way to the sentence, and what the driver has said
+        assert printed.count("Traceback") == 1
 
 
 def test_a_database_without_tables_and_one_of_another_version_are_refused(fresh_postgresql_url: str) -> None:
@@ -137,6 +170,72 @@ def test_a_database_without_tables_and_one_of_another_version_are_refused(fresh_
         cursor.execute("INSERT INTO aque_schema_version VALUES ('9999')")
     with pytest.raises(WrongSchema, match="newer"):
         open_store(configured)
+
+
+@pytest.mark.parametrize(
+    ("app_name", "setting", "status", "words"),
+    [
+        (
+            "aque.celery_app",
+            "AQUE_BROKER=redis://127.0.0.1:1",
+            2,
+            "AQUE_BROKER cannot be redis://...: write sqlite:////",
+        ),
+        ("aque.celery_app", "AQUE_BROKER=postgresql://a:secret@127.0.0.1:1/b", 69, "cannot use the store postgresql"),
+        ("aque.celery_app", "AQUE_RLIMITS=all", 2, "rlimits cannot be 'all'"),
+        ("aque.celery_app", "AQUE_CELERY_BROKER=pigeon://loft", 2, "No such transport: pigeon"),
+        ("tests.worker.ordinary", "AQUE_STATE_DIR=/proc/aque", 69, "cannot create the state directory /proc/aque"),
+    ],
+)
+def test_a_worker_that_cannot_use_its_farm_ends_with_the_sentence_alone(
+    environment: dict[str, str], app_name: str, setting: str, status: int, words: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", app_name, "worker", "-c", "1"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        env=environment | dict([setting.split("=")]),
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_a_broker_on_redis_without_its_package_is_a_sentence_where_the_broker_is_used_and_nowhere_else(
+    environment: dict[str, str],
+) -> None:
+    script = """if True:
+        import sys
+
+        sys.modules["redis"] = None  # as where it is not installed
+        import aque
+        from tests.worker.ordinary import app, multiply
+
+        print("submitted", aque.shell(["true"]).id)
+        try:
+            multiply.delay(1, 2)
+        except aque.errors.BadSetting as error:
+            print("refused:", error)
+        app.worker_main(["worker", "-c", "1"])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        env=environment | {"AQUE_CELERY_BROKER": "redis://127.0.0.1:1"},
+        cwd=ROOT,
+        check=False,
+    )
+    needs = "a broker on Redis needs the package redis: pip install 'aque[redis]'."
+    assert done.stdout.splitlines() == ["submitted 1", f"refused: {needs}"], done.stderr
+    assert done.stderr.splitlines()[-1] == f"celery worker: {needs}"
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("state_dir", ["/proc/aque", "/dev/null/aque"])

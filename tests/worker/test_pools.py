@@ -228,7 +228,7 @@ def refused(farm: Farm, *words: str, **env: str) -> str:
         cwd=ROOT,
         check=False,
     )
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not farm.live()
     return done.stderr
@@ -248,3 +248,30 @@ def test_children_are_replaced_after_their_number_of_tasks(own_sqlite_farm: Farm
     assert max(pids.count(pid) for pid in set(pids)) <= 5
     assert worker.pid not in pids
     wait_until(lambda: len(worker.pool_children()) == 2, LIMIT, "there are two again, by their name")
+
+
+def test_output_of_a_function_is_its_traceback_or_where_to_look_and_on_stderr(own_sqlite_farm: Farm) -> None:
+    own_sqlite_farm.start_worker("-c", "1", cpus=1)
+    good, bad = tasks.add.delay(1, 2), tasks.add.delay(1, "two")
+    good.get(timeout=LIMIT)
+    bad.get(timeout=LIMIT, propagate=False)
+
+    def output(*words: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "aque.cli.main", "output", *words],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            env=own_sqlite_farm.environment,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    status, stdout, stderr = output(good.id)
+    assert (status, stdout, len(stderr.splitlines())) == (0, "", 1)
+    assert "goes to its worker's log" in stderr
+    for words in ([bad.id], ["-w", bad.id]):
+        status, stdout, stderr = output(*words)
+        assert (status, stdout) == (0, "")
+        assert stderr.startswith(f"aque: task {bad.id} failed: TypeError")
+        assert "Traceback (most recent call last)" in stderr
