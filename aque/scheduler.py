@@ -216,6 +216,7 @@ class Scheduler:
         self._reconcile = False
         self._one_by_one = False
         self._finish_only = False  #: after a failure: what claiming cannot do must not keep finishing from the table
+        self._is_woken = False  #: the thread is about to look, or does not sleep
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Not when the thread ends: others may still wake it, and the number could be someone else's file by then.
         weakref.finalize(self, os.close, self._wake_fd).atexit = False
@@ -557,6 +558,7 @@ class Scheduler:
             os.eventfd_read(self._wake_fd)
         except BlockingIOError:
             pass
+        self._is_woken = False  # not before: who comes in between has left its news already
         rung = self._bell.drain()
         now = time.monotonic()
         polled = now - self._polled_at >= self._settings.poll_seconds * 0.8
@@ -1052,4 +1054,7 @@ class Scheduler:
             self._on_end()
 
     def _wake(self) -> None:
-        os.eventfd_write(self._wake_fd, 1)
+        """After the news is there. Once is enough: each write lets another thread have the interpreter."""
+        if not self._is_woken:
+            self._is_woken = True
+            os.eventfd_write(self._wake_fd, 1)

@@ -111,7 +111,7 @@ class Base:
         return {i: self._requirements[i] for i in wanted}
 
     def _insert(self, connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: list[Any]) -> None:
-        if len(rows) >= COPY_FROM:
+        if len(rows) >= COPY_FROM or (rows and self.dialect == "sqlite"):
             copy_rows(connection, table, columns, rows)
         elif rows:
             connection.execute(sa.insert(table), [dict(zip(columns, row, strict=True)) for row in rows])

@@ -6,6 +6,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from aque.store.engine import run_text
+
 #: A NOTIFY wakes the backend of every process that listens anywhere in the database (before PostgreSQL 19), but only
 #: those that listen on its channel tell their client. So one channel per name, and not one for all.
 _PREFIX = "aque "
@@ -48,10 +50,10 @@ def notify(connection: sa.Connection, channels: Collection[str]) -> None:
     The statement does not wait for the disk: what it says was true before, and a lost ring is allowed. The setting is
     local to it, because the commits of tasks on the same connection must wait.
     """
-    connection.execute(_NOTIFY, {"channels": list(channels)})
+    run_text(connection, _NOTIFY, {"channels": list(channels)})
 
 
-_NOTIFY = sa.text(
+_NOTIFY = (
     "SELECT set_config('synchronous_commit', 'off', true), pg_notify(channel, '') "
-    "FROM unnest(CAST(:channels AS text[])) AS channel"
+    "FROM unnest(%(channels)s::text[]) AS channel"
 )

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from aque.backoff import NOTHING_AVOIDED, Avoided
 from aque.states import Reason, State
+from aque.store import hot
 from aque.store import statements as sql
 from aque.store.engine import attempt_write, inside_transaction
 from aque.store.questions import Questions
@@ -35,7 +36,8 @@ class Claims(Questions):
         by_class: dict[int, list[ReadyTask]] = {}
         if left_out := bool(avoided.tasks or avoided.jobs or names):
             parameters |= {"tasks": list(avoided.tasks), "jobs": list(avoided.jobs), "names": list(names)}
-        for row in connection.execute(sql.candidates(self.dialect, left_out), parameters):
+        execute = connection.execute if left_out else partial(hot.run, connection)
+        for row in execute(sql.candidates(self.dialect, left_out), parameters):
             by_class.setdefault(row.requirement_id, []).append(ready_task(row))
         for ready in by_class.values():  # the join gives them in no promised order
             ready.sort(key=lambda t: (-t.priority, -t.duration, t.id))
@@ -89,10 +91,10 @@ class Claims(Questions):
         parameters["starts_at"] = self._wall(connection, time.monotonic()) if state is State.RUNNING else None
         if held:
             parameters["held"] = json.dumps([{"id": i, "n": n} for i, n in held.items()])
-        rows = connection.execute(sql.claim(self.dialect, bool(held)), parameters).all()
+        rows = hot.run(connection, sql.claim(self.dialect, bool(held)), parameters)
         if self.dialect == "sqlite" and rows:
             moved = [row.id for row in rows]
-            rows = connection.execute(sql.claimed_tasks(self.dialect), {"ids": moved}).all()
+            rows = hot.run(connection, sql.claimed_tasks(self.dialect), {"ids": moved})
         position = {task_id: index for index, task_id in enumerate(ids)}
         return sorted((claimed_task(row, token) for row in rows), key=lambda t: position[t.id])
 

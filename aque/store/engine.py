@@ -67,8 +67,15 @@ def open_engine(url: str, **options: Any) -> sa.Engine:
         },
         **options,
     )
+    sa.event.listen(engine, "connect", _prepare_postgresql)
     sa.event.listen(engine, "before_cursor_execute", _begin_with_first, retval=True)
     return engine
+
+
+def _prepare_postgresql(connection: Any, _record: object) -> None:
+    """Plan a prepared statement once, and not for each set of parameters: see `hot`."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET plan_cache_mode = force_generic_plan")
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -102,7 +109,7 @@ def transaction(connection: sa.Connection) -> Iterator[sa.Connection]:
     """
     if connection.dialect.name == "sqlite":
         with _no_fork:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            run_text(connection, "BEGIN IMMEDIATE")
             yield from _until_end(connection)
     else:
         connection.info[_TO_BEGIN] = True
@@ -154,7 +161,7 @@ def _until_end(connection: sa.Connection) -> Iterator[sa.Connection]:
     try:
         yield connection
         if not connection.info.pop(_TO_BEGIN, False):
-            connection.exec_driver_sql("COMMIT")
+            run_text(connection, "COMMIT")
     except BaseException:
         if not connection.invalidated and not connection.info.pop(_TO_BEGIN, False):
             with suppress(sa.exc.DBAPIError):
@@ -176,6 +183,28 @@ def _begin_with_first(
         else:
             statement = "BEGIN; " + statement
     return statement, parameters
+
+
+def run_text(connection: sa.Connection, text: str, values: Any = ()) -> Any:
+    """Give a statement to the driver, without most of what SQLAlchemy does around it; returns the driver's cursor, and raises
+    what SQLAlchemy would."""
+    if not connection.in_transaction():
+        connection.begin()  # as SQLAlchemy's own `execute` does: it sends nothing
+    dialect = connection.dialect
+    cursor = connection.connection.cursor()
+    for listener in connection.dispatch.before_cursor_execute:
+        text, values = listener(connection, cursor, text, values, None, False)
+    try:
+        cursor.execute(text, values)
+    except dialect.loaded_dbapi.Error as error:
+        is_lost = dialect.is_disconnect(error, connection.connection.driver_connection, cursor)
+        if is_lost:
+            connection.invalidate(error)
+        kind = dialect.loaded_dbapi.Error
+        raise sa.exc.DBAPIError.instance(
+            text, values, error, kind, connection_invalidated=is_lost, dialect=dialect
+        ) from error
+    return cursor
 
 
 class lease_clock(GenericFunction[float]):

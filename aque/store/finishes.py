@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from aque import deps
 from aque.states import COMPLETE_STATES, Reason, State
+from aque.store import hot
 from aque.store import statements as sql
 from aque.store.base import EDGE_COLUMNS
 from aque.store.claims import Claims
@@ -45,9 +46,9 @@ class Finishes(Submissions, Claims):
             one: dict[str, Any] = {f"o_{name}": value for name, value in rows[0].items()} | {"max_lost": max_lost}
             if values and self.dialect == "postgresql":
                 one |= {"o_value": values[0]["value"], "o_error": values[0]["error"]}
-                written, values = connection.execute(sql.finish_one_with_result(), one).all(), []
+                written, values = hot.run(connection, sql.finish_one_with_result(), one), []
             else:
-                written = connection.execute(sql.finish_one(), one).all()
+                written = hot.run(connection, sql.finish_one(), one)
         elif rows:
             parameters = {"rows": json.dumps(rows), "max_lost": max_lost}
             written = connection.execute(sql.finish(self.dialect), parameters).all()
@@ -192,7 +193,7 @@ class Finishes(Submissions, Claims):
         parameters["max_lost"] = 0
         if outcome.value is not None:
             parameters |= {"o_value": outcome.value, "o_error": None}
-        return connection.execute(sql.finish_alone(outcome.value is not None), parameters).first() is not None
+        return bool(hot.run(connection, sql.finish_alone(outcome.value is not None), parameters))
 
     def release(self, connection: sa.Connection, moved: Iterable[Any]) -> Released:
         """Settle everything that waited for the tasks that this transaction has just moved (rows of `sql.MOVED`): count down,
@@ -252,9 +253,9 @@ class Finishes(Submissions, Claims):
         its edges that were."""
         released = {"released_at": self._wall(connection, time.monotonic()), "released_on": self.worker_host}
         if self.dialect == "postgresql":
-            return [(row, row.n) for row in connection.execute(sql.satisfy_and_count_down(), ended | released)]
-        met = Counter(connection.execute(sql.satisfy(), ended).scalars())
+            return [(row, row.n) for row in hot.run(connection, sql.satisfy_and_count_down(), ended | released)]
+        met = Counter(row.downstream for row in hot.run(connection, sql.satisfy(), ended))
         if not met:
             return []
         counts = json.dumps([{"id": i, "n": n} for i, n in sorted(met.items())])
-        return [(row, met[row.id]) for row in connection.execute(sql.count_down(), {"rows": counts, **released})]
+        return [(row, met[row.id]) for row in hot.run(connection, sql.count_down(), {"rows": counts, **released})]

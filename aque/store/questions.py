@@ -12,6 +12,7 @@ from aque.chooser import weight
 from aque.errors import BadInput
 from aque.resources import CpuRequest
 from aque.states import COMPLETE_STATES, State
+from aque.store import hot
 from aque.store import statements as sql
 from aque.store.base import Base
 from aque.store.groups import in_turn
@@ -70,20 +71,20 @@ class Questions(Base):
 
     def existing(self, connection: sa.Connection, ids: Iterable[int]) -> set[int]:
         """Those of `ids` that are tasks."""
-        return set(connection.execute(sql.existing(self.dialect), {"ids": list(ids)}).scalars())
+        return {row.id for row in hot.run(connection, sql.existing(self.dialect), {"ids": list(ids)})}
 
     def completed(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, State]:
         """Those of `ids` that are complete, and how."""
-        rows = connection.execute(sql.completed(self.dialect), {"ids": list(ids)})
+        rows = hot.run(connection, sql.completed(self.dialect), {"ids": list(ids)})
         return {row.id: State(row.state) for row in rows}
 
     def stored_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
         """State, result and error of each of these tasks that there is."""
-        return stored_results(connection.execute(sql.results(self.dialect), {"ids": list(ids)}))
+        return stored_results(hot.run(connection, sql.results(self.dialect), {"ids": list(ids)}))
 
     def ended_results(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, StoredResult]:
         """The same of those that are complete."""
-        return stored_results(connection.execute(sql.ended_results(self.dialect), {"ids": list(ids)}))
+        return stored_results(hot.run(connection, sql.ended_results(self.dialect), {"ids": list(ids)}))
 
     def children_of(self, connection: sa.Connection, ids: Iterable[int]) -> dict[int, list[tuple[int, str | None]]]:
         """The children of these tasks, as (id, Celery's id where a caller brought one)."""
@@ -116,7 +117,7 @@ class Questions(Base):
         asked: Collection[int] = wanted
         while asked:
             groups = []
-            for row in connection.execute(sql.results(self.dialect), {"ids": list(asked)}).all():
+            for row in hot.run(connection, sql.results(self.dialect), {"ids": list(asked)}):
                 if row.state in _ENDED_BADLY:
                     found[row.id] = self._failure(connection, row)
                 elif row.pattern == Pattern.SHELL:

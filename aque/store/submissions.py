@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from aque import deps
 from aque.errors import BadInput, UnknownTask
 from aque.states import COMPLETE_STATES, Reason, State
+from aque.store import hot
 from aque.store import statements as sql
 from aque.store.base import EDGE_COLUMNS, Base
 from aque.store.retention import KNOWN_SECONDS, environment_id
@@ -73,7 +74,7 @@ class Submissions(Base):
         if self.is_one_statement(specs):
             values = dict(zip((f"t_{name}" for name in _TASK_COLUMNS), task_rows[0], strict=True))
             values |= zip((f"p_{name}" for name in _PAYLOAD_COLUMNS), payload_rows[0], strict=True)
-            connection.execute(sql.add_task(), _NOTHING_YET | values)
+            hot.run(connection, sql.add_task(), _NOTHING_YET | values)
             return {specs[0].id: starts[specs[0].id].state}
         self._insert(connection, task, _TASK_COLUMNS, task_rows)
         self._insert(connection, payload, _PAYLOAD_COLUMNS, payload_rows)
