@@ -29,6 +29,8 @@ class Monitor:
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         assert self._listens.wait(LIMIT)
+        # Redis subscribes with the first look only.
+        wait_until(lambda: client.control.heartbeat() or self.events, LIMIT, "it hears something")
 
     def _listen(self) -> None:
         with self._app.connection() as connection:

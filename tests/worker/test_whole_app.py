@@ -52,9 +52,9 @@ def whole(farm: Farm) -> Iterator[ModuleType]:
 
     module = importlib.import_module(APP)
     module.app.set_current()
-    # Read with the first farm, and there are two.
+    # Read with the first farm, and there are others.
     module.app.conf.update(broker_url=farm.bus_url, result_backend=f"aque+{farm.url}")
-    module.app._pool = None
+    module.app._after_fork()  # forgets the connections that it has
     yield module
     before.set_current()
     before.set_default()
@@ -82,7 +82,7 @@ def test_routes_lead_to_queues(farm: Farm, whole: ModuleType) -> None:
     assert whole.routed.apply_async(queue="celery").get(timeout=LIMIT) == "celery"
     client = farm.client()
     farm.workers[0].wait_until_it_answers(client)
-    client.control.add_consumer("special", reply=True, timeout=10, limit=1)
+    client.control.add_consumer("special", reply=True, timeout=LIMIT, limit=1)
     assert waiting.get(timeout=LIMIT) == "special"
 
 
