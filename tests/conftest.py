@@ -60,13 +60,14 @@ hypothesis.settings.register_profile("aque", deadline=None, suppress_health_chec
 hypothesis.settings.load_profile("aque")
 
 #: Directories with the tests that take long, first: what runs last should be short.
-ORDER = ("faults", "scenarios", "worker", "transport", "cli", "store", "unit")
+ORDER = ("faults", "brokers", "scenarios", "worker", "transport", "cli", "store", "unit")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `--dist loadgroup` keeps together: tests that share a module's fixture, such as a farm on one kind of database, and
-    the short ones of a file in tests/unit. Any other test runs wherever there is time for it."""
+    """What `--dist loadgroup` keeps together: tests that share the fixture of a module or a directory, such as a farm on one
+    kind of database, those with a RabbitMQ, which takes seconds to start, and the short ones of a file in tests/unit. Any other
+    test runs wherever there is time for it."""
     for item in items:
         if (group := _group(item)) is not None:
             item.add_marker(pytest.mark.xdist_group(group))
@@ -75,8 +76,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _group(item: pytest.Item) -> str | None:
     fixtures: dict[str, Sequence[pytest.FixtureDef[object]]] = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
-    shared = sorted(name for name, found in fixtures.items() if found[-1].scope == "module")
+    scopes = {name: found[-1].scope for name, found in fixtures.items()}
     params = item.callspec.params if hasattr(item, "callspec") else {}
+    if "rabbitmq" in params.values():
+        return "rabbitmq"
+    if package := sorted(name for name, scope in scopes.items() if scope == "package"):
+        return "-".join(f"{name}-{params.get(name)}" for name in package)
+    shared = sorted(name for name, scope in scopes.items() if scope == "module")
     by_param = [f"{name}-{params[name]}" for name in shared if name in params]
     if shared or item.path.parent.name == "unit":
         return "-".join([item.path.stem, *(by_param or shared)])
@@ -109,17 +115,17 @@ def fresh_postgresql_url(postgresql_server: PostgreSQL) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
-    """One Redis for the whole run: tests share what is in it, and do not stop it."""
+def redis_server() -> Iterator[Redis]:
+    """One Redis for the whole run: whoever uses it takes a `fresh_url` and does not stop it."""
     with start(Redis) as server:
-        yield server.url
+        yield server
 
 
 @pytest.fixture(scope="session")
-def rabbitmq_url() -> Iterator[str]:
-    """One RabbitMQ for the whole run: tests share what is in it, and do not stop it."""
+def rabbitmq_server() -> Iterator[RabbitMQ]:
+    """One RabbitMQ for the whole run: whoever uses it takes a `fresh_url` and does not stop it."""
     with start(RabbitMQ) as server:
-        yield server.url
+        yield server
 
 
 @pytest.fixture

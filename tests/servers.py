@@ -9,6 +9,7 @@ with PostgreSQL() as server:        # or Redis(), RabbitMQ()
 """
 
 import itertools
+import json
 import os
 import pwd
 import random
@@ -30,6 +31,8 @@ import psycopg2
 
 Result = TypeVar("Result")
 
+#: How many farms may use a Redis, each a database of its own, or a RabbitMQ, each a virtual host.
+PLACES = 32
 START_SECONDS = 60
 STOP_SECONDS = 60
 
@@ -342,6 +345,7 @@ class Redis(Server):
     def __init__(self, durable: bool = False) -> None:
         super().__init__()
         self.durable = durable
+        self._numbers = itertools.count(1)
         self.binary = find_binary("redis-server")
         if self.binary is None:
             raise MissingBinary("redis-server is not installed (Debian's package: redis-server).")
@@ -350,8 +354,12 @@ class Redis(Server):
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    def fresh_url(self) -> str:
+        """The URL of a database that nobody has used yet: queues of the same names are others there."""
+        return f"redis://127.0.0.1:{self.port}/{next(self._numbers)}"
+
     def argv(self) -> list[str | Path]:
-        network = ["--bind", "127.0.0.1", "--port", str(self.port)]
+        network = ["--bind", "127.0.0.1", "--port", str(self.port), "--databases", str(PLACES)]
         kept = ["--appendonly", "yes", "--appendfsync", "always"] if self.durable else ["--appendonly", "no"]
         return [str(self.binary), *network, "--save", "", *kept, "--dir", str(self.directory)]
 
@@ -380,10 +388,15 @@ class RabbitMQ(Server):
         self.mapper_port = free_port()
         self.between_nodes = free_port()
         self._mapper: Guarded | None = None
+        self._numbers = itertools.count(1)
 
     @property
     def url(self) -> str:
         return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    def fresh_url(self) -> str:
+        """The URL of a virtual host that nobody has used yet: queues of the same names are others there."""
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/{next(self._numbers)}"
 
     @property
     def node(self) -> str:
@@ -395,7 +408,16 @@ class RabbitMQ(Server):
             "disk_free_limit.absolute = 1MB\n"  # a machine that is nearly full would silently block who publishes
             f"cluster_name = {self.directory.name}\n"
             "log.console = true\nlog.console.level = warning\nlog.file = false\n"
+            f"load_definitions = {self.directory / 'definitions'}\n"
         )
+        hosts = ["/", *map(str, range(1, PLACES))]  # each `rabbitmqctl add_vhost` would start another Erlang
+        may = {"user": "guest", "configure": ".*", "write": ".*", "read": ".*"}
+        definitions = {
+            "users": [{"name": "guest", "password": "guest", "tags": "administrator"}],
+            "vhosts": [{"name": host} for host in hosts],
+            "permissions": [{**may, "vhost": host} for host in hosts],
+        }
+        (self.directory / "definitions").write_text(json.dumps(definitions))
         mapper_directory = self.directory / "epmd"
         mapper_directory.mkdir()
         # The node would start one that outlives it, on the port that all of the machine's Erlang programs share.

@@ -16,10 +16,20 @@ from sqlalchemy import Connection
 
 from aque import settings
 from aque.store import Store, open_store
+from tests.cli import starter
 from tests.conftest import FOREIGN
 from tests.servers import Guarded, wait_until
 
 PROGRAMS = Path(sys.executable).parent
+LIMIT_SECONDS = 60
+#: Most runs of `aque`. Those of Celery, and those that `start`, are the program itself.
+STARTER = starter.Starter()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _starter_ends() -> Iterator[None]:
+    yield
+    STARTER.end()
 
 
 @dataclass(frozen=True)
@@ -47,15 +57,19 @@ class Aque:
     def __call__(
         self, *words: str | bytes, given: bytes = b"", env: Mapping[str, str] | None = None, program: str = "aque"
     ) -> Done:
-        done = subprocess.run(
-            [PROGRAMS / program, *words],
-            input=given,
-            capture_output=True,
-            cwd=self.cwd,
-            env={**self.environment, **(env or {})},
-            timeout=60,
-            check=False,
-        )
+        environment = {**self.environment, **(env or {})}
+        if program == "aque" and words and words[0] in starter.VERBS and "--local" not in words:
+            done = STARTER.run(words, given=given, cwd=self.cwd, env=environment, timeout=LIMIT_SECONDS)
+        else:
+            done = subprocess.run(
+                [PROGRAMS / program, *words],
+                input=given,
+                capture_output=True,
+                cwd=self.cwd,
+                env=environment,
+                timeout=LIMIT_SECONDS,
+                check=False,
+            )
         out, err = (part.decode(errors="surrogateescape") for part in (done.stdout, done.stderr))
         assert "Traceback" not in err, err
         return Done(done.returncode, out, err, done.stdout)

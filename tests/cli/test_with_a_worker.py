@@ -124,7 +124,7 @@ def test_a_signal_that_ends_nothing_is_delivered(served):
     task_id = served.submit("--shell", "trap 'echo got it; exit 0' USR1; echo up; while :; do sleep 0.05; done")
     wait_until(lambda: served("output", str(task_id)).out == "up\n")
     assert served("kill", "-s", "usr1", str(task_id)).status == 0
-    assert served("wait", "--timeout", "20", str(task_id)).status == 0
+    assert served("wait", "--timeout", "60", str(task_id)).status == 0
     assert served("output", str(task_id)).out == "up\ngot it\n"
 
 
@@ -193,7 +193,7 @@ def test_a_job_is_waited_for_killed_and_printed_as_one(served):
     assert served("output", job).out == "0\n4\n1\n"
     job = str(served("xargs", "--no-wait", "-n1", "-P4", "sleep", given=b"1000 " * 6).id)
     assert served("kill", job).status == 0
-    assert served("wait", "--timeout", "20", job).status in (125, 143)
+    assert served("wait", "--timeout", "60", job).status in (125, 143)
 
 
 def test_workers_shows_what_is_reserved(served):
@@ -323,7 +323,7 @@ def test_kill_grace_ends_what_ignores_the_signal(served):
     wait_until(lambda: served("output", str(task_id)).out == "up\n")
     assert served("kill", "--grace", "1000", str(task_id)).status == 0
     assert served("kill", "--grace", "0.1s", str(task_id)).status == 0
-    assert served("wait", "--timeout", "20", str(task_id)).status != 124
+    assert served("wait", "--timeout", "60", str(task_id)).status != 124
     assert served.state(task_id) == "killed"
 
 

@@ -20,9 +20,10 @@ import aque
 from aque import machine
 from aque.states import State
 from aque.values import WorkerInfo
+from tests.conftest import ON_POSTGRESQL, ON_SQLITE
 from tests.faults import dag
 from tests.faults.trees import Tree
-from tests.servers import PostgreSQL, wait_until
+from tests.servers import PostgreSQL, text_of, wait_until
 from tests.worker import tasks
 from tests.worker.farm import LIMIT_SECONDS, Farm, Worker, processes_with
 
@@ -96,7 +97,7 @@ def test_what_a_killed_worker_ran_is_gone_before_it_runs_again(own_farm: Farm, t
     command, function = Step(tmp_path), Step(tmp_path, "function")
     for step in (command, function):
         step.wait_until_it_runs()
-    old = [*command.processes(), psutil.Process(int(function.path.read_text().split()[1]))]
+    old = [*command.processes(), psutil.Process(int(text_of(function.path).split()[1]))]
     assert len(old) >= 3
     first.kill()
     own_farm.start_worker("-c", "1", name="second", cpus=2)
@@ -199,6 +200,7 @@ def another_pid_namespace() -> Iterator[list[str]]:
     yield words
 
 
+@ON_POSTGRESQL  # a file is one machine's, and locked for all while one that has it stands still
 def test_a_worker_that_stalls_past_its_lease_loses_its_tasks_to_another_machine_and_kills_them(
     own_farm: Farm, tmp_path: Path
 ) -> None:
@@ -207,10 +209,10 @@ def test_a_worker_that_stalls_past_its_lease_loses_its_tasks_to_another_machine_
         command, function = Step(tmp_path), Step(tmp_path, "function")
         for step in (command, function):
             step.wait_until_it_runs()
-        old = [*command.processes(), psutil.Process(int(function.path.read_text().split()[1]))]
+        old = [*command.processes(), psutil.Process(int(text_of(function.path).split()[1]))]
         stalled.deliver(signal.SIGSTOP)
         try:
-            own_farm.start_worker("-c", "1", name="elsewhere", cpus=2, lease_seconds=1, before=elsewhere)
+            own_farm.start_worker("-c", "1", name="elsewhere", cpus=2, lease_seconds=60, before=elsewhere)
             for step in (command, function):
                 step.wait_until_it_runs(2)
             command.finish(2)
@@ -231,6 +233,7 @@ def test_a_worker_that_stalls_past_its_lease_loses_its_tasks_to_another_machine_
         wait_until(lambda: len(own_farm.live()) == 2, LIMIT, "the one that stalled works again, as a new worker")
 
 
+@ON_POSTGRESQL  # a file is one machine's, and locked for all while one that has it stands still
 def test_a_stalled_worker_kills_the_whole_tree_of_a_function_that_it_has_lost(own_farm: Farm, tmp_path: Path) -> None:
     with another_pid_namespace() as elsewhere:
         stalled = own_farm.start_worker("-c", "1", name="stalled", cpus=1, lease_seconds=1)
@@ -238,7 +241,7 @@ def test_a_stalled_worker_kills_the_whole_tree_of_a_function_that_it_has_lost(ow
         grown.wait_until_it_has_grown()
         stalled.deliver(signal.SIGSTOP)
         try:
-            own_farm.start_worker("-c", "1", name="elsewhere", cpus=1, lease_seconds=1, before=elsewhere)
+            own_farm.start_worker("-c", "1", name="elsewhere", cpus=1, lease_seconds=60, before=elsewhere)
             row = own_farm.wait_for_state(grown.task, "success")
             assert grown.living()  # nobody could end them there
         finally:
@@ -250,14 +253,15 @@ def test_a_stalled_worker_kills_the_whole_tree_of_a_function_that_it_has_lost(ow
         assert own_farm.row(grown.task) == row
 
 
+@ON_POSTGRESQL  # a file is one machine's, and locked for all while one that has it stands still
 def test_with_a_strict_lease_two_attempts_never_overlap(own_farm: Farm, tmp_path: Path) -> None:
     with another_pid_namespace() as elsewhere:
-        stalled = own_farm.start_worker("-c", "1", name="stalled", cpus=1, lease_seconds=3)
+        stalled = own_farm.start_worker("-c", "1", name="stalled", cpus=1, lease_seconds=6)
         grown = Tree(tmp_path, "command", strict_lease=True)
         grown.wait_until_it_has_grown()
         stalled.deliver(signal.SIGSTOP)
         try:
-            own_farm.start_worker("-c", "1", name="elsewhere", cpus=1, lease_seconds=3, before=elsewhere)
+            own_farm.start_worker("-c", "1", name="elsewhere", cpus=1, lease_seconds=60, before=elsewhere)
             row = own_farm.wait_for_state(grown.task, "success")
             assert not grown.living()  # while the worker stands still
         finally:
@@ -268,12 +272,13 @@ def test_with_a_strict_lease_two_attempts_never_overlap(own_farm: Farm, tmp_path
         assert own_farm.row(grown.task) == row
 
 
+@ON_SQLITE
 def test_a_strict_lease_that_is_renewed_harms_nothing(own_farm: Farm, tmp_path: Path) -> None:
-    own_farm.start_worker("-c", "1", cpus=1, lease_seconds=1)
+    own_farm.start_worker("-c", "1", cpus=1, lease_seconds=5)
     step = Step(tmp_path, strict_lease=True)
     step.wait_until_it_runs()
     began = time.monotonic()
-    wait_until(lambda: time.monotonic() - began > 3, LIMIT, "three leases are over")
+    wait_until(lambda: time.monotonic() - began > 6, LIMIT, "the lease that it started with is over")
     step.finish()
     row = own_farm.wait_for_state(step.task, "success")
     assert (row["attempt"], row["lost"], step.attempts) == (1, 0, [1])

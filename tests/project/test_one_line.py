@@ -6,6 +6,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
+from tests.servers import Redis
+from tests.worker.brokers import BROKERS, of_the_run
 from tests.worker.farm import Farm
 
 PROJECT = Path(__file__).parent
@@ -31,13 +35,15 @@ def passed(done: subprocess.CompletedProcess[str]) -> int:
     return int(summary.split(" passed")[0].split()[-1])
 
 
-def test_the_suite_passes_on_plain_celery(redis_url: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "SHOP_WITH": "celery", "SHOP_BROKER": redis_url, "SHOP_RESULTS": redis_url}
+def test_the_suite_passes_on_plain_celery(redis_server: Redis, tmp_path: Path) -> None:
+    redis = redis_server.fresh_url()
+    environment = {**os.environ, "SHOP_WITH": "celery", "SHOP_BROKER": redis, "SHOP_RESULTS": redis}
     assert passed(run_suite(environment, tmp_path / "suite")) > 20
 
 
-def test_the_suite_passes_on_aque(fresh_postgresql_url: str, tmp_path: Path) -> None:
-    with Farm(fresh_postgresql_url, tmp_path) as farm:
+@pytest.mark.parametrize("broker", BROKERS)
+def test_the_suite_passes_on_aque(request: pytest.FixtureRequest, broker: str, tmp_path: Path) -> None:
+    with of_the_run(request, broker, tmp_path) as chosen, Farm(directory=tmp_path, **chosen) as farm:
         done = run_suite({**farm.environment, "SHOP_WITH": "aque"}, tmp_path / "suite")
         assert passed(done) > 20
         assert farm.findings() == []

@@ -72,7 +72,7 @@ def test_who_reaps_wakes_the_workers_that_have_children_to_kill(store: Store) ->
     beat = Heartbeat(store, me, 30, 3, lambda: me, lambda *_: None, lambda: None)
     beat.start()
     try:
-        wait_until(lambda: doorbell.KILL in bell.wait(1), 30)
+        wait_until(lambda: doorbell.KILL in bell.wait(1), 60)
     finally:
         beat.stop()
         bell.close()

@@ -398,7 +398,7 @@ def test_tasks_are_locked_in_order_and_groups_after_what_they_wait_for(store: St
         with store.begin() as connection:
             connection.execute(sql.lock_tasks(store.dialect), {"ids": [first]})
             killing = pool.submit(try_out, store, statement(store.dialect), asked)
-            wait_until(lambda: is_somebody_waiting_for_a_lock(store), 30)
+            wait_until(lambda: is_somebody_waiting_for_a_lock(store), 60)
             free = sa.select(task.c.id).with_for_update(skip_locked=True)
             with store.begin() as another:
                 left = sorted(another.execute(free).scalars())

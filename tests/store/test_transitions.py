@@ -201,7 +201,7 @@ def test_a_later_number_that_commits_first_waits_for_the_earlier(store: Store, f
         assert feed.wait(0.2) == []
         slow.exec_driver_sql(ending)
     seen: list[int] = []
-    wait_until(lambda: seen.extend(e.task_id for e in feed.wait(1)) or len(seen) >= 2, 10)
+    wait_until(lambda: seen.extend(e.task_id for e in feed.wait(1)) or len(seen) >= 2, 60)
     assert seen == ([1, 2, 3] if ending == "COMMIT" else [2, 3])
 
 

@@ -28,7 +28,7 @@ def runner() -> Iterator[CommandRunner]:
     runner.start()
     yield runner
     assert runner.stop()
-    wait_until(lambda: not workers_group().exists(), 20, "the groups are removed")
+    wait_until(lambda: not workers_group().exists(), 60, "the groups are removed")
 
 
 def workers_group() -> Path:
@@ -44,7 +44,7 @@ def members(pid: int) -> set[int]:
 def sleeping(runner: CommandRunner, *argv: bytes) -> tuple[Watched, bytes]:
     mark = new_mark()
     command = Watched(runner, Command((*argv, b"sleep", mark), ENV, b"/"))
-    wait_until(lambda: living(mark), 20, "it sleeps")
+    wait_until(lambda: living(mark), 60, "it sleeps")
     return command, mark
 
 
@@ -71,7 +71,7 @@ def test_what_a_killed_supervisor_ran_dies_with_its_group(runner: CommandRunner)
     os.kill(above, signal.SIGKILL)
     assert command.wait().reason == "lost"
     assert living(mark) == set()
-    wait_until(lambda: not (workers_group() / str(above)).exists(), 20, "its group is removed")
+    wait_until(lambda: not (workers_group() / str(above)).exists(), 60, "its group is removed")
 
 
 def test_all_others_in_a_group_are_killed_at_once(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_groups_of_workers_that_are_gone_are_ended_by_the_next(runner: CommandRu
         file.write(str(stray.pid))
     cgroups.Group(HOME).end_left()
     assert stray.wait(20) == -9
-    wait_until(left.remove, 20, "the group is empty")
+    wait_until(left.remove, 60, "the group is empty")
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")

@@ -1,24 +1,23 @@
-"""An app with a schedule, for `celery beat`: every second a task of the table and an ordinary one."""
+"""An app with a schedule, for `celery beat`: every second a task of the table and one of tests/worker/ordinary.py."""
 
 import os
 
 from celery import Celery
 
 import aque
-from tests.worker.tasks import append
+from tests.worker import tasks
 
-app = aque.setup(Celery("beaten", backend="rpc://"))
+app = aque.setup(Celery("beaten"))
 app.conf.beat_schedule = {
-    "table": {"task": "tests.worker.beaten.tick", "schedule": 1.0, "args": ("table",), "options": {"priority": 3}},
-    "ordinary": {"task": "tests.worker.beaten.ordinary_tick", "schedule": 1.0, "args": ("ordinary",)},
+    "table": {
+        "task": tasks.record.name,
+        "schedule": 1.0,
+        "args": (os.environ.get("TEST_TICKS", "") + ".table",),
+        "options": {"priority": 3},
+    },
+    "ordinary": {
+        "task": "tests.worker.ordinary.note",
+        "schedule": 1.0,
+        "args": (os.environ.get("TEST_TICKS", "") + ".ordinary", "tick", 0),
+    },
 }
-
-
-@app.task(base=aque.Task)  # type: ignore[untyped-decorator]
-def tick(line: str) -> None:
-    append(os.environ["TEST_TICKS"], line)
-
-
-@app.task  # type: ignore[untyped-decorator]
-def ordinary_tick(line: str) -> None:
-    append(os.environ["TEST_TICKS"], line)

@@ -3,15 +3,19 @@
 with served("rabbitmq", directory) as brokered:
     brokered.worker, brokered.client        # a worker of tests.worker.ordinary, and who asks it
     brokered.stop(); brokered.start()       # the broker, where it is a server
+
+Tests share the servers of the run: `of_the_run`.
 """
 
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from celery import Celery
 
 from tests.servers import PostgreSQL, RabbitMQ, Redis, Server, wait_until
@@ -27,11 +31,21 @@ class Brokered:
 
     name: str
     farm: Farm
-    worker: Worker
     client: Celery
-    server: Server | None  #: of the broker; None: a file
+    words: tuple[str, ...] = ("-E",)  #: of the worker's command line
+    env: Mapping[str, str] = field(default_factory=dict)  #: the worker's
+    server: Server | None = None  #: of the broker, if it is the farm's own; None: a file, or shared with others
 
-    def ask(self, command: str, timeout: float = 10, **arguments: Any) -> Any:
+    @property
+    def worker(self) -> Worker:
+        return self.farm.workers[-1]
+
+    def start_worker(self) -> None:
+        """Also another one, when the one before has ended; returns when it answers."""
+        self.farm.start_worker("-c", "3", *self.words, app=APP, cpus=4, env=self.env)
+        self.worker.wait_until_it_answers(self.client)
+
+    def ask(self, command: str, timeout: float = 60, **arguments: Any) -> Any:
         """The worker's answer to a command of remote control."""
         answers = self.client.control.broadcast(
             command, arguments, destination=[self.worker.name], reply=True, timeout=timeout, limit=1
@@ -45,31 +59,54 @@ class Brokered:
 
 
 @contextmanager
+def working(farm: Farm, name: str, **options: Any) -> Iterator[Brokered]:
+    """The farm with a worker; `options` are fields of `Brokered`."""
+    client = farm.client()
+    try:
+        on = Brokered(name, farm, client, **options)
+        on.start_worker()
+        yield on
+    finally:
+        client.close()
+
+
+@contextmanager
 def served(
     name: str, directory: Path, *, words: tuple[str, ...] = ("-E",), env: Mapping[str, str] | None = None, **chosen: Any
 ) -> Iterator[Brokered]:
-    """A farm whose messages travel by the broker of that name; this process belongs to it."""
+    """A farm whose messages travel by a broker of its own, of that name; this process belongs to it."""
     with ExitStack() as stack:
         server: Server | None = None
-        url, celery_broker = f"sqlite:///{directory / 'aque.db'}", {}
+        url = f"sqlite:///{directory / 'aque.db'}"
         if name == "aque+postgresql":
             server = stack.enter_context(PostgreSQL())
             url = server.url
         elif name == "rabbitmq":
             server = stack.enter_context(RabbitMQ())
-            celery_broker = {"celery_broker": server.url}
+            chosen["celery_broker"] = server.url
         elif name == "redis":
             server = stack.enter_context(Redis(durable=True))
-            celery_broker = {"celery_broker": server.url}
+            chosen["celery_broker"] = server.url
             # What a worker had when Redis went away is for another one after Celery's visibility timeout: an hour by default.
             env = {"TEST_VISIBILITY_SECONDS": "5", **(env or {})}
-        farm = stack.enter_context(Farm(url, directory, **celery_broker, **chosen))
+        farm = stack.enter_context(Farm(url, directory, **chosen))
         stack.enter_context(farm.entered())
-        worker = farm.start_worker("-c", "3", *words, app=APP, cpus=4, env=env)
-        client = farm.client()
-        worker.wait_until_it_answers(client)
-        yield Brokered(name, farm, worker, client, server)
-        client.close()
+        yield stack.enter_context(working(farm, name, words=words, env=env or {}, server=server))
+
+
+@contextmanager
+def of_the_run(request: pytest.FixtureRequest, name: str, directory: Path) -> Iterator[dict[str, str]]:
+    """The arguments of a new farm, with its tables, whose messages travel by the broker of that name, on the servers that all
+    tests share."""
+    if name == "aque+postgresql":
+        server = request.getfixturevalue("postgresql_server")
+        with server.database(request.getfixturevalue("postgresql_template")) as url:
+            yield {"url": url}
+        return
+    file = directory / "aque.db"
+    shutil.copy(request.getfixturevalue("sqlite_template"), file)
+    broker = {} if name == "aque+sqlite" else {"celery_broker": request.getfixturevalue(f"{name}_server").fresh_url()}
+    yield {"url": f"sqlite:///{file}", **broker}
 
 
 class Monitor:
@@ -83,6 +120,8 @@ class Monitor:
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         assert self._listens.wait(LIMIT_SECONDS)
+        # Redis subscribes with the first look only.
+        wait_until(lambda: client.control.heartbeat() or self.events, LIMIT_SECONDS, "it hears something")
 
     def _listen(self) -> None:
         with self._app.connection() as connection:

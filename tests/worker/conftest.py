@@ -4,19 +4,20 @@ Each test that touches a store ends with the doctor; the logs of the workers are
 """
 
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.worker.brokers import Brokered, of_the_run
 from tests.worker.farm import Farm
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     report = (yield).get_result()
-    for farm in getattr(item, "funcargs", {}).values():
+    for value in getattr(item, "funcargs", {}).values():
+        farm = value.farm if isinstance(value, Brokered) else value
         if report.failed and isinstance(farm, Farm):
             report.sections.append(("workers", farm.log()))
             break
@@ -24,29 +25,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def served_farm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    """A farm on each kind of database, with one worker of four CPUs and three pool children. The store carries Celery's
-    messages; of "rabbitmq" and "redis", see `ON_EVERY_BROKER`, that does, and the store is a file."""
+    """A farm on each kind of database, with one worker of four CPUs and three pool children."""
     directory = tmp_path_factory.mktemp("farm")
-    chosen: dict[str, Any] = {}
-    with ExitStack() as stack:
-        if request.param == "postgresql":
-            url = stack.enter_context(request.getfixturevalue("postgresql_server").database())
-        else:
-            url = f"sqlite:///{directory / 'aque.db'}"
-        if request.param == "rabbitmq":
-            chosen = {"celery_broker": request.getfixturevalue("rabbitmq_url")}
-        elif request.param == "redis":
-            # A number of its own: whatever else uses the run's Redis has queues of the same names.
-            chosen = {"celery_broker": request.getfixturevalue("redis_url").removesuffix("0") + "1"}
-        farm = stack.enter_context(Farm(url, directory, **chosen))
+    with of_the_run(request, f"aque+{request.param}", directory) as chosen, Farm(directory=directory, **chosen) as farm:
         farm.start_worker("-c", "3", cpus=4, memory="1G")
         yield farm
-
-
-#: A test of what Celery's messages carry.
-ON_EVERY_BROKER = pytest.mark.parametrize(
-    "served_farm", ["sqlite", "postgresql", "rabbitmq", "redis"], indirect=True, scope="module"
-)
 
 
 @pytest.fixture

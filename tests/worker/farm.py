@@ -161,7 +161,7 @@ class Farm:
     def wait_until_nothing_is_left(self) -> None:
         """No process of the farm, a few moments after the last worker has ended."""
         with suppress(AssertionError):
-            wait_until(lambda: not self.processes(), 30)
+            wait_until(lambda: not self.processes(), LIMIT_SECONDS)
         left = []
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):

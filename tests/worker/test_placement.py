@@ -88,7 +88,7 @@ def test_a_file_system_is_used_by_no_more_tasks_than_the_settings_say_on_all_wor
             aque.shell(words, cpus=0.25, io_paths=[str(place / f"f{number}")])
     job.handle.get(timeout=LIMIT)
     peaks = {place: peak(log.read_text().splitlines(), Fraction(100)) for place, log in logs.items()}
-    assert peaks == {shots: 2, textures: 5}
+    assert peaks[shots] == 2 < peaks[textures] <= 5  # a busy machine may be too slow to have five at once
     assert used(own_farm) == {"io:nas1:/shots": 0, "io:nas2:/tex": 0}
 
 

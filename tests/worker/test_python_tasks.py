@@ -493,7 +493,7 @@ def test_a_kill_that_comes_as_a_task_ends_harms_no_other_task(own_farm: Farm) ->
             task.kill("KILL")
         for task in raced:
             own_farm.wait_for_state(task, "success", "killed", "cancelled")
-    assert tasks.add.delay(1, 1).get(timeout=10) == 2
+    assert tasks.add.delay(1, 1).get(timeout=LIMIT) == 2
 
 
 def test_idle_children_that_die_are_replaced(own_farm: Farm) -> None:
@@ -501,4 +501,4 @@ def test_idle_children_that_die_are_replaced(own_farm: Farm) -> None:
     assert tasks.add.delay(1, 1).get(timeout=LIMIT) == 2
     for child in worker.pool_children():
         child.kill()
-    assert [tasks.add.delay(n, 1).get(timeout=10) for n in range(10)] == list(range(1, 11))
+    assert [tasks.add.delay(n, 1).get(timeout=LIMIT) for n in range(10)] == list(range(1, 11))

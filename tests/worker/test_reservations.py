@@ -10,7 +10,7 @@ import pytest
 import aque
 from aque.resources import CpuRequest
 from tests.servers import wait_until
-from tests.worker import ordinary, tasks
+from tests.worker import tasks
 from tests.worker.farm import LIMIT_SECONDS, Farm
 
 LIMIT = LIMIT_SECONDS
@@ -135,29 +135,3 @@ def test_what_was_claimed_ahead_does_not_wait_behind_a_long_task_while_another_w
     assert own_farm.state(long) == "running"
     gate.touch()
     assert long.get(timeout=LIMIT) == 1
-
-
-def test_ordinary_celery_tasks_and_aque_tasks_side_by_side_never_exceed_the_budget(
-    own_farm: Farm, tmp_path: Path
-) -> None:
-    worker = own_farm.start_worker("-c", "6", app="tests.worker.ordinary", cpus=2)
-    client = own_farm.client()
-    worker.wait_until_it_answers(client)
-    choose, path = random.Random(3), str(tmp_path / "log")
-    plain = []
-    with aque.graph() as job:
-        for number in range(40):
-            seconds, cpus = choose.uniform(0.01, 0.05), choose.choice(["0.25", "0.5", "1", "all"])
-            if number % 2:
-                tasks.reserve.apply_async((path, cpus, seconds), cpus=cpus)
-            else:
-                aque.shell(["sh", "-c", WRITE, "sh", path, cpus, f"{seconds:.3f}"], cpus=cpus)
-    for number in range(40):
-        name = ordinary.reserve_one.name
-        plain.append(client.send_task(name, (path, f"plain-{number}", choose.uniform(0.01, 0.05))))
-    for sent in plain:
-        sent.get(timeout=LIMIT)
-    job.handle.get(timeout=LIMIT)
-    lines = Path(path).read_text().splitlines()
-    assert len(lines) == 160
-    assert peak(lines) == BUDGET

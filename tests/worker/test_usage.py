@@ -56,7 +56,7 @@ def test_commands_show_what_they_have_used(farm: Farm, tmp_path: Path) -> None:
     rows = [farm.wait_for_state(task, "success", "error") for task in (burn, hold, write)]
     assert [row["state"] for row in rows] == ["success"] * 3
     burnt, held, written = rows
-    assert 1.0 <= burnt["cpu_seconds"] < 5
+    assert 1.0 <= burnt["cpu_seconds"] < 10
     assert 200 * MIB <= held["max_rss_bytes"] < 300 * MIB
     assert 50 * MIB <= written["written_bytes"] < 60 * MIB
     assert max(burnt["max_rss_bytes"], written["max_rss_bytes"]) < 120 * MIB
@@ -69,7 +69,7 @@ def test_so_do_functions_in_the_pool_each_its_own(farm: Farm, tmp_path: Path) ->
     used = [tasks.use.delay(0, 0, 0), tasks.use.delay(1, 200, 50, str(tmp_path / "file")), tasks.use.delay(0, 0, 0)]
     rows = [farm.wait_for_state(task, "success", "error") for task in used]
     assert [row["state"] for row in rows] == ["success"] * 3
-    assert 1.0 <= rows[1]["cpu_seconds"] < 5
+    assert 1.0 <= rows[1]["cpu_seconds"] < 10
     assert 200 * MIB <= rows[1]["max_rss_bytes"] < 400 * MIB
     assert 50 * MIB <= rows[1]["written_bytes"] < 60 * MIB
     for row in (rows[0], rows[2]):
@@ -94,7 +94,7 @@ def test_a_function_under_another_interpreter_shows_it_as_a_command_does(farm: F
     task = tasks.use.apply_async((1, 200, 0), interpreter=sys.executable)
     row = farm.wait_for_state(task, "success", "error")
     assert row["state"] == "success"
-    assert 1.0 <= row["cpu_seconds"] < 5
+    assert 1.0 <= row["cpu_seconds"] < 10
     assert 200 * MIB <= row["max_rss_bytes"] < 400 * MIB
 
 
@@ -245,7 +245,7 @@ def test_what_one_worker_has_measured_is_the_expected_duration_of_the_next_submi
     aque.shell(["sleep", "0.3"], name="nap_1").get(timeout=LIMIT)
     aque.shell(["false"], name="fail_1").get(timeout=LIMIT, propagate=False)
     wait_until(lambda: expected("nap_2") > 0, LIMIT, "a beat has written it")
-    assert 0.3 <= expected("nap_2") < 3
+    assert 0.3 <= expected("nap_2") < LIMIT
     assert expected("fail_2") == 0
 
 

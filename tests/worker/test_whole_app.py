@@ -18,23 +18,19 @@ from aque.errors import BadInput, RemoteError
 from aque.handles import Handle
 from tests.servers import wait_until
 from tests.worker import tasks
+from tests.worker.brokers import of_the_run
 from tests.worker.farm import LIMIT_SECONDS as LIMIT
 from tests.worker.farm import Farm
 
 APP = "tests.worker.whole"
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["aque+sqlite", "aque+postgresql"])
 def whole_farm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     directory = tmp_path_factory.mktemp("whole")
-    if request.param == "sqlite":
-        with Farm(f"sqlite:///{directory / 'aque.db'}", directory) as farm:
-            farm.start_worker("-c", "2", "-E", app=APP, cpus=2)
-            yield farm
-    else:
-        with request.getfixturevalue("postgresql_server").database() as url, Farm(url, directory) as farm:
-            farm.start_worker("-c", "2", "-E", app=APP, cpus=2)
-            yield farm
+    with of_the_run(request, request.param, directory) as chosen, Farm(directory=directory, **chosen) as farm:
+        farm.start_worker("-c", "2", "-E", app=APP, cpus=2)
+        yield farm
 
 
 @pytest.fixture
@@ -52,9 +48,11 @@ def whole(farm: Farm) -> Iterator[ModuleType]:
 
     module = importlib.import_module(APP)
     module.app.set_current()
-    # Read with the first farm, and there are two.
+    # Read with the first farm, and there are others.
     module.app.conf.update(broker_url=farm.bus_url, result_backend=f"aque+{farm.url}")
     module.app._pool = None
+    for made in ("amqp", "events"):  # they remember the kind of broker
+        vars(module.app).pop(made, None)
     yield module
     before.set_current()
     before.set_default()
@@ -81,7 +79,7 @@ def test_routes_lead_to_queues(farm: Farm, whole: ModuleType) -> None:
     assert whole.routed.apply_async(queue="celery").get(timeout=LIMIT) == "celery"
     client = farm.client()
     farm.workers[0].wait_until_it_answers(client)
-    client.control.add_consumer("special", reply=True, timeout=10, limit=1)
+    client.control.add_consumer("special", reply=True, timeout=LIMIT, limit=1)
     assert waiting.get(timeout=LIMIT) == "special"
 
 

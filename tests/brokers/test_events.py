@@ -13,13 +13,6 @@ from tests.worker.farm import LIMIT_SECONDS
 LIMIT = LIMIT_SECONDS
 
 
-@pytest.fixture(scope="module")
-def on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Brokered]:
-    with served("aque+sqlite", tmp_path_factory.mktemp("farm")) as brokered:
-        yield brokered
-        assert brokered.farm.findings() == []
-
-
 @pytest.fixture
 def monitor(on: Brokered) -> Iterator[Monitor]:
     hearing = Monitor(on.client)
@@ -74,6 +67,13 @@ def test_a_kill_is_told_and_so_is_a_withdrawal(on: Brokered, monitor: Monitor, t
     assert monitor.of(running)[-2:] == ["task-killed", "task-revoked"]
     revoked = monitor.event(running, "task-revoked")
     assert (revoked["terminated"], revoked["signum"]) == (True, 9)
+
+
+def test_ordinary_tasks_have_their_events_beside_them(on: Brokered, monitor: Monitor) -> None:
+    ours, plain = tasks.add.delay(1, 1), on.send("multiply", 2, 2)
+    assert (ours.get(timeout=LIMIT), plain.get(timeout=LIMIT)) == (2, 4)
+    for task in (ours, plain):
+        assert monitor.wait_for(task, "task-succeeded") == ["task-received", "task-started", "task-succeeded"]
 
 
 def test_a_monitor_of_celerys_ends_with_the_states_of_results(on: Brokered, monitor: Monitor, tmp_path: Path) -> None:
