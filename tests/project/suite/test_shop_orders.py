@@ -51,7 +51,7 @@ def test_an_order_that_cannot_be_paid_is_given_up(order):
     with pytest.raises(GatewayDown):
         place(order, "tea", 1).get(timeout=LIMIT)
     wait_until(lambda: state(order) == "GatewayDown")
-    assert lines("given up", order) == [f"{order} GatewayDown"]
+    wait_until(lambda: lines("given up", order) == [f"{order} GatewayDown"])
     assert (data() / f"bank-{order}").read_text() == "96"  # one attempt and three retries
     assert lines("mail", order) == []
 
