@@ -15,18 +15,20 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal
 
 from aque import chooser, claimer, doorbell, durations, finisher
 from aque.backfill import Busy, expected_end
 from aque.backoff import Backoff
+from aque.batch import Batch, Unwritten
 from aque.classes import Classes
 from aque.errors import StoreError
 from aque.ledger import Ledger
 from aque.mounts import Mounts
 from aque.rates import Rates
 from aque.resources import Capacity
+from aque.running import Entry, Running
 from aque.settings import Settings
 from aque.states import ENDING_SIGNALS, Reason, State
 from aque.store import (
@@ -44,11 +46,6 @@ from aque.values import ClaimedTask, Outcome, ReadyTask
 
 logger = logging.getLogger(__name__)
 
-#: Output of running commands is written this often, and at most so much of it in one transaction.
-OUTPUT_SECONDS = 0.2
-OUTPUT_BYTES = 1 << 20
-#: With this much output waiting for the table, who writes more has to wait a moment.
-OUTPUT_LIMIT_BYTES = 32 << 20
 #: What was claimed ahead and has not started for so long goes back.
 BUFFER_SECONDS = 1.0
 #: What was chosen and could not be had is looked at again after so long.
@@ -65,83 +62,6 @@ RECENT_BYTES = 1000
 LONGEST_PAUSE = 5.0
 
 Until = Literal["one", "end"]
-
-
-class Running(Protocol):
-    """What the scheduler needs of an attempt that runs."""
-
-    @property
-    def outlives_worker(self) -> bool:
-        """It goes on while the worker's image is replaced."""
-
-    @property
-    def can_be_killed(self) -> bool:
-        """`kill` will end it."""
-
-    def kill(self, number: int, grace_seconds: float) -> None:
-        """End it."""
-
-    def signal(self, number: int) -> None:
-        """Deliver a signal."""
-
-
-@dataclass(slots=True)
-class Entry:
-    """A task that this worker runs, and what it has reserved for it."""
-
-    task: ClaimedTask
-    need: Capacity
-    began: float
-    attempt: Running | None = None
-    kill_signal: int | None = None  #: it is being killed with this
-    kill_grace: float = 0.0  #: then: the grace that it was told, in seconds
-    kill_at: float = 0.0  #: then: when SIGKILL is due
-    lent: Capacity | None = None  #: of `need`, what is free while it waits for other tasks
-    waits: int = 0  #: so many of its threads and processes do
-    returning: list[Callable[[], None]] = field(default_factory=list)  #: of these, those that would go on
-
-    @property
-    def held(self) -> Capacity:
-        """What it has reserved just now."""
-        return self.need if self.lent is None else self.need - self.lent
-
-
-@dataclass(slots=True)
-class Batch:
-    """What the next transaction has to write."""
-
-    outcomes: list[Outcome] = field(default_factory=list)
-    started: list[tuple[int, int, float]] = field(default_factory=list)  #: id, token, when (monotonic)
-    output: list[tuple[int, int, int, int, bytes]] = field(default_factory=list)  #: task, attempt, fd, offset, data
-    delivered: list[Kill] = field(default_factory=list)
-    blocked: dict[tuple[int, int], bool] = field(default_factory=dict)  #: (id, token): it waits for others, or goes on
-    told: dict[tuple[int, int], tuple[str, bytes]] = field(
-        default_factory=dict
-    )  #: (id, token): what it tells of itself
-    returned: list[tuple[int, int]] = field(default_factory=list)  #: id, token: to be given back
-    lone: set[int] = field(default_factory=set)  #: of the outcomes' tasks, those without dependents at the claim
-
-    def __bool__(self) -> bool:
-        more = self.delivered or self.returned or self.blocked or self.told
-        return bool(self.outcomes or self.started or self.output or more)
-
-    def put_back(self, older: "Batch") -> None:
-        """What could not be written goes before what has come since."""
-        self.outcomes = older.outcomes + self.outcomes
-        self.started = older.started + self.started
-        self.output = older.output + self.output
-        self.delivered = older.delivered + self.delivered
-        self.blocked = older.blocked | self.blocked
-        self.told = older.told | self.told
-        self.returned = older.returned + self.returned
-        self.lone |= older.lone
-
-    def is_lone_success(self) -> bool:
-        """True if all there is to write is that one task, for which nothing waited, has succeeded."""
-        more = self.started or self.output or self.delivered or self.returned or self.blocked or self.told
-        if more or len(self.outcomes) != 1:
-            return False
-        return self.outcomes[0].state is State.SUCCESS and self.outcomes[0].id in self.lone
 
 
 class Scheduler:
@@ -195,11 +115,8 @@ class Scheduler:
         self._look_times = True  #: something may be due, or expire
         self._times_at: float | None = None  #: when it will (monotonic)
         self._look_at: float | None = None  #: something that waits for a time is due then (monotonic)
-        self._batch = Batch()
-        self._writing = Batch()  #: taken from `_batch`, and not known to be in the table yet
-        self._output_bytes = 0
-        self._output_since: float | None = None
-        self._output_written = threading.Condition(self._lock)
+        self._unwritten = Unwritten()
+        self._output_taken = threading.Condition(self._lock)
         self._run_seconds: dict[str, float] = {}
         self.run_times = durations.Tally()  #: of what succeeded, for the table
         self._recent: dict[int, bytes] = {}
@@ -239,11 +156,11 @@ class Scheduler:
             del self._running[outcome.id]
             claim = (outcome.id, outcome.token)
             if claim in self._abandoned and outcome.state is State.KILLED:
-                self._batch.returned.append(claim)
+                self._unwritten.batch.returned.append(claim)
             else:
-                self._batch.outcomes.append(outcome)
+                self._unwritten.batch.outcomes.append(outcome)
                 if not entry.task.dependents and not self._classes.limits(entry.task.class_id):
-                    self._batch.lone.add(outcome.id)
+                    self._unwritten.batch.lone.add(outcome.id)
             self._abandoned.discard(claim)
             self._claim_ahead = True
             if outcome.state is State.SUCCESS:
@@ -258,17 +175,14 @@ class Scheduler:
 
     def wrote(self, task: ClaimedTask, fd: int, offset: int, data: bytes) -> None:
         """A command wrote something: kept for the next tick that writes output."""
-        with self._output_written:
-            self._batch.output.append((task.id, task.attempt, fd, offset, data))
-            self._output_bytes += len(data)
-            tell = self._output_since is None or self._output_bytes > OUTPUT_BYTES
-            if self._output_since is None:
-                self._output_since = time.monotonic()
-        if tell:
+        with self._lock:
+            piece = (task.id, task.attempt, fd, offset, data)
+            is_due_earlier = self._unwritten.add_output(piece, time.monotonic())
+        if is_due_earlier:
             self._wake()
-        with self._output_written:
-            if self._output_bytes > OUTPUT_LIMIT_BYTES:
-                self._output_written.wait(1.0)
+        with self._output_taken:
+            if self._unwritten.is_flooded:
+                self._output_taken.wait(1.0)
 
     # -- a task that waits for others -----------------------------------------------------------------------------------
 
@@ -282,7 +196,7 @@ class Scheduler:
             if entry.lent is not None:
                 return True
             entry.lent = lent = Capacity(entry.need.cpus, 0, entry.need.python_slots)
-            self._batch.blocked[task.id, task.token] = True
+            self._unwritten.batch.blocked[task.id, task.token] = True
             self._look_ready = self._claim_ahead = True
         self._ledger.release(lent)
         self._wake()
@@ -313,7 +227,7 @@ class Scheduler:
                     keeps = runs and entry.waits <= 0
                     if keeps:
                         entry.lent = None
-                        self._batch.blocked[task.id, task.token] = False
+                        self._unwritten.batch.blocked[task.id, task.token] = False
                 if keeps:
                     is_back()
             if keeps:
@@ -328,7 +242,7 @@ class Scheduler:
     def told(self, task: ClaimedTask, state: str, meta: bytes) -> None:
         """The task tells of itself."""
         with self._lock:
-            self._batch.told[task.id, task.token] = (state, meta)
+            self._unwritten.batch.told[task.id, task.token] = (state, meta)
         self._wake()
 
     def serve(self, queues: Iterable[str]) -> None:
@@ -349,7 +263,7 @@ class Scheduler:
         token; what was claimed since under the old name goes back."""
         with self._lock:
             self._worker_id = new_worker_id
-            self._batch.returned += [(task.id, task.token) for task in self._buffer]
+            self._unwritten.batch.returned += [(task.id, task.token) for task in self._buffer]
             self._buffer.clear()
             entries = list(self._running.values())
             self._abandoned |= {(e.task.id, e.task.token) for e in entries if e.kill_signal is None}
@@ -413,7 +327,7 @@ class Scheduler:
         """What `adopt` needs in the new image: those tasks that are `handed_over`, and what could not be written. Call it
         after `freeze`."""
         with self._lock:
-            self._batch.put_back(self._writing)
+            self._unwritten.failed(time.monotonic())
             return {
                 "running": [
                     (
@@ -430,7 +344,7 @@ class Scheduler:
                     if entry.task.id in handed_over
                 ],
                 "abandoned": self._abandoned,
-                "batch": {name: getattr(self._batch, name) for name in Batch.__slots__},
+                "batch": {name: getattr(self._unwritten.batch, name) for name in Batch.__slots__},
                 "run_seconds": self._run_seconds,
                 "started_any": self._started_any,
             }
@@ -444,9 +358,7 @@ class Scheduler:
             self._ledger.adopt(entry.held)
             self._running[task.id] = entry
         self._abandoned = exported["abandoned"]
-        self._batch = Batch(**exported["batch"])
-        self._output_bytes = sum(len(piece[4]) for piece in self._batch.output)
-        self._output_since = time.monotonic() if self._batch.output else None
+        self._unwritten.adopt(Batch(**exported["batch"]), time.monotonic())
         self._run_seconds = exported["run_seconds"]
         self._started_any = exported["started_any"]
 
@@ -468,7 +380,7 @@ class Scheduler:
         self._wake()
         self._thread.join(10)
         with self._lock:
-            return idle and not self._batch and not self._thread.is_alive()
+            return idle and not self._unwritten.batch and not self._thread.is_alive()
 
     def _left(self, handed_over: bool = True) -> list[Entry]:
         """What runs; unless `handed_over`, without what a new image could take over."""
@@ -524,7 +436,7 @@ class Scheduler:
                 pause = min(LONGEST_PAUSE, 2 * pause or 0.05)
             if self._stopped.is_set():
                 with self._lock:
-                    left = bool(self._batch)
+                    left = bool(self._unwritten.batch)
                 if not left or pause > 1.0:
                     break
         self._mounts.close()
@@ -542,8 +454,8 @@ class Scheduler:
             now = time.monotonic()
             due = [self._settings.poll_seconds * random.uniform(0.8, 1.2)]
             due += [entry.kill_at - now for entry in self._running.values() if entry.kill_signal is not None]
-            if self._output_since is not None:
-                due.append(self._output_since + OUTPUT_SECONDS - now)
+            if (output_at := self._unwritten.output_due_at) is not None:
+                due.append(output_at - now)
             if self._buffer:
                 due.append(self._buffered_at + BUFFER_SECONDS - now)
             if self._look_at is not None:
@@ -631,7 +543,7 @@ class Scheduler:
             early = full and time.monotonic() - self._looked_at < LOOK_SECONDS
             idle = self._draining or self._drained or done
             # What this host could not start decides what is looked for: that is written first.
-            undecided = any(outcome.host_failure for outcome in self._batch.outcomes)
+            undecided = any(outcome.host_failure for outcome in self._unwritten.batch.outcomes)
             blocked = self._finish_only or self._ledger.is_over_budget or undecided
             if not self._look_ready or idle or blocked or early:
                 return claimer.Picked([], [], self._waiting)
@@ -666,27 +578,9 @@ class Scheduler:
         return [task for task in tasks if self._ledger.try_reserve(self._classes.need(task.class_id))]
 
     def _take_batch(self) -> Batch:
-        """What there is to write; output only when it is due or there is something else to write."""
         with self._lock:
-            batch, self._batch = self._batch, Batch()
-            self._writing = batch
-            ended = {outcome.id for outcome in batch.outcomes} | {task_id for task_id, _ in batch.returned}
-            due = self._output_since is not None and time.monotonic() - self._output_since >= OUTPUT_SECONDS
-            due = due or self._stopped.is_set()
-            room = OUTPUT_BYTES if due or self._output_bytes > OUTPUT_BYTES else 0
-            now, later = [], []
-            for piece in batch.output:
-                if piece[0] in ended or room > 0:
-                    now.append(piece)
-                    room -= len(piece[4])
-                else:
-                    later.append(piece)
-            batch.output, self._batch.output = now, later
-            self._output_bytes = sum(len(piece[4]) for piece in later)
-            self._output_since = self._output_since if later else None
-            self._output_written.notify_all()
-            batch.started = [start for start in batch.started if start[0] not in ended]
-            batch.blocked = {claim: waits for claim, waits in batch.blocked.items() if claim[0] not in ended}
+            batch = self._unwritten.take(time.monotonic(), all_output=self._stopped.is_set())
+            self._output_taken.notify_all()
         return batch
 
     def _write(self, connection: Any, batch: Batch, picked: claimer.Picked, free: Capacity) -> None:
@@ -722,16 +616,12 @@ class Scheduler:
             for task in reserved:
                 self._ledger.release(self._classes.need(task.class_id))
             with self._lock:
-                self._batch.put_back(batch)
-                self._writing = Batch()
-                self._output_bytes = sum(len(piece[4]) for piece in self._batch.output)
-                if self._batch.output and self._output_since is None:
-                    self._output_since = time.monotonic()
+                self._unwritten.failed(time.monotonic())
             # Whatever one outcome cannot be recorded for, the others can: a task must not stop its worker.
             self._one_by_one = is_data_error(error) or not isinstance(error, (StoreError, DatabaseError))
             raise
         self._one_by_one = False
-        self._writing = Batch()
+        self._unwritten.written()
         self._remember([o for o in batch.outcomes if finished.ended.get(o.id) is State.SUCCESS])
         self._back_off([o for o in batch.outcomes if o.host_failure], finished.elsewhere)
         if batch.outcomes:  # before what was released starts: that it was ready is told first
@@ -742,7 +632,7 @@ class Scheduler:
         """Record a lone success, without the two round trips of a transaction. False: nothing was written."""
         if self._one_by_one or not self._store.finish_alone(connection, batch.outcomes[0]):
             return False
-        self._writing = Batch()
+        self._unwritten.written()
         self._remember(batch.outcomes)
         doorbell.ring(connection, {doorbell.DONE})
         self._on_written(batch.outcomes, Finished(ended={batch.outcomes[0].id: State.SUCCESS}))
@@ -822,7 +712,7 @@ class Scheduler:
             results = {upstream: values.get(upstream, b"null") for upstream in task.inputs}
             if sum(map(len, results.values())) > self._settings.inputs_limit_bytes:
                 with self._lock:
-                    self._batch.outcomes.append(
+                    self._unwritten.batch.outcomes.append(
                         Outcome(task.id, task.attempt, task.token, State.ERROR, Reason.INPUTS_TOO_LARGE)
                     )
                 if reserved:
@@ -862,7 +752,7 @@ class Scheduler:
                 self._look_ready = self._look_ready or self._waiting
                 entry = Entry(task, need, time.monotonic())
                 self._running[task.id] = entry
-                self._batch.started.append((task.id, task.token, entry.began))
+                self._unwritten.batch.started.append((task.id, task.token, entry.began))
             self._begin(entry)
 
     def _is_buffer_stale(self) -> bool:
@@ -874,7 +764,7 @@ class Scheduler:
         """Give back what was claimed ahead; until something finishes here, nothing more is."""
         with self._lock:
             self._claim_ahead = False
-            self._batch.returned += [(task.id, task.token) for task in self._buffer]
+            self._unwritten.batch.returned += [(task.id, task.token) for task in self._buffer]
             self._buffer.clear()
 
     # -- kills, and other orders --------------------------------------------------------------------------------------
@@ -907,21 +797,21 @@ class Scheduler:
             elif entry.attempt is not None:
                 entry.attempt.signal(kill.signal)
                 with self._lock:
-                    self._batch.delivered.append(kill)
+                    self._unwritten.batch.delivered.append(kill)
 
     def _settle_kill(self, kill: Kill) -> None:
         """A kill of a task that does not run here now; the lock is held."""
         claim = (kill.id, kill.token)
-        if claim in {(o.id, o.token) for o in self._batch.outcomes}:
+        if claim in {(o.id, o.token) for o in self._unwritten.batch.outcomes}:
             return  # it has ended by itself
         if kill.signal not in ENDING_SIGNALS:
-            self._batch.delivered.append(kill)  # to nobody: there is no process yet
+            self._unwritten.batch.delivered.append(kill)  # to nobody: there is no process yet
             return
         # It ran, and is on its way back; or it is in the buffer, or was never heard of after a commit in doubt.
-        state = State.KILLED if claim in self._batch.returned else State.CANCELLED
+        state = State.KILLED if claim in self._unwritten.batch.returned else State.CANCELLED
         self._buffer = deque(task for task in self._buffer if task.id != kill.id)
-        self._batch.returned = [returned for returned in self._batch.returned if returned != claim]
-        self._batch.outcomes.append(Outcome(kill.id, kill.attempt, kill.token, state, Reason.REQUEST))
+        self._unwritten.batch.returned = [returned for returned in self._unwritten.batch.returned if returned != claim]
+        self._unwritten.batch.outcomes.append(Outcome(kill.id, kill.attempt, kill.token, state, Reason.REQUEST))
 
     def _kill(self, entry: Entry, number: int, grace: float) -> None:
         """End a task. One that is being killed already keeps the grace that ends first."""
@@ -982,7 +872,9 @@ class Scheduler:
             self._on_news()
             kept = deque(task for task in self._buffer if not avoided.includes(task.class_id, task.job_id, task.id))
             kept_ids = {task.id for task in kept}
-            self._batch.returned += [(task.id, task.token) for task in self._buffer if task.id not in kept_ids]
+            self._unwritten.batch.returned += [
+                (task.id, task.token) for task in self._buffer if task.id not in kept_ids
+            ]
             self._buffer = kept
 
     # -- measured run times -------------------------------------------------------------------------------------------
@@ -1024,7 +916,7 @@ class Scheduler:
             known = {(e.task.id, e.task.token) for e in self._running.values()} | {
                 (t.id, t.token) for t in self._buffer
             }
-            known |= {(o.id, o.token) for o in self._batch.outcomes} | set(self._batch.returned)
+            known |= {(o.id, o.token) for o in self._unwritten.batch.outcomes} | set(self._unwritten.batch.returned)
         held = self._store.claims_of(connection, self._worker_id)
         unknown = [claim for claim in held if claim not in known]
         if unknown:
@@ -1039,7 +931,7 @@ class Scheduler:
     def _check_end(self, connection: Any, picked: claimer.Picked) -> None:
         """`one`: after the first task; `end`: when nothing is left that this worker could run or wait for."""
         with self._lock:
-            busy = bool(self._running or self._buffer or self._batch)
+            busy = bool(self._running or self._buffer or self._unwritten.batch)
         if busy or picked.start or picked.ahead or self._draining:
             return
         if self._until == "one":
