@@ -90,12 +90,17 @@ def test_what_could_not_be_written_is_written_before_what_has_come_since() -> No
     unwritten.batch.outcomes.append(success(2))
     unwritten.add_output(piece(2), NOW + 1)
     unwritten.failed(NOW + 2)
+    assert unwritten.output_due_at == NOW + 1 + OUTPUT_SECONDS
     taken = unwritten.take(NOW + 2, all_output=True)
     assert [outcome.id for outcome in taken.outcomes] == [1, 2]
     assert taken.output == [piece(1), piece(2)]
     unwritten.written()
     unwritten.failed(NOW + 3)  # what is in the table does not come back
     assert not unwritten.take(NOW + 3, all_output=True)
+    unwritten.add_output(piece(3), NOW + 4)
+    unwritten.take(NOW + 4, all_output=True)
+    unwritten.failed(NOW + 5)
+    assert unwritten.output_due_at == NOW + 5 + OUTPUT_SECONDS
 
 
 def test_another_image_of_the_process_goes_on_with_what_is_left() -> None:

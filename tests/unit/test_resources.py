@@ -177,7 +177,7 @@ def test_what_a_site_has_of_its_own_is_counted_too(
 
 
 def test_debts_of_every_kind_can_be_left_out() -> None:
-    left = Capacity(Fraction(-1), -1, -1, -1, {"gpu": -1, "nuke": 1})
+    left = Capacity(Fraction(-1), -1, -1, -1, {"gpu": -1, "nuke": 1, "licence": 0})
     assert left.without_debts() == Capacity(resources={"nuke": 1})
 
 
