@@ -20,18 +20,23 @@ PREPARE_FROM = 3
 #: A plan is made anew after so long: a table that was empty then may have 100,000 rows now, without statistics to say so.
 PLAN_SECONDS = 1.0
 
+#: In the `info` of a connection: what is known of its session.
+SESSION = "aque_hot"
+#: What PostgreSQL says where a session has forgotten what was prepared, or a table is not as it was then (SQLSTATE).
+FORGOTTEN = frozenset({"26000", "0A000"})
+
 Process = Callable[[Any], Any] | None
+
+#: Never the same twice: who was interrupted after a PREPARE does not know that it was done.
+_numbers = count(1)
 
 
 class _Hot:
     """A statement as the driver wants it, for one dialect."""
 
-    _numbers = count(1)
-
     def __init__(self, statement: Any, dialect: sa.Dialect) -> None:
         compiled: Any = statement.compile(dialect=dialect)
         self.text: str = compiled.string
-        self.name = f"aque_{next(self._numbers)}"
         binds = {compiled.bind_names[bind]: bind for bind in compiled.bind_names}
         self.order: list[str] = list(compiled.positiontup or ())
         #: What the caller gives; anything else in the statement is a constant.
@@ -45,8 +50,6 @@ class _Hot:
                 self._types.append(dialect.type_compiler_instance.process(bind.type))
             else:
                 self.constants[name] = process(bind.value) if process else bind.value
-        marks = ", ".join(f"%({name})s" for name, _ in self.parameters)
-        self.call = f"EXECUTE {self.name} ({marks})" if marks else f"EXECUTE {self.name}"
         self._columns = list(statement.exported_columns)
         names = [column.key for column in self._columns]
         self._make_row: Callable[[Any], Any] = namedtuple("Row", names)._make  # type: ignore[attr-defined]
@@ -57,13 +60,16 @@ class _Hot:
         """What the caller gives, as the driver wants it."""
         return {name: process(given[name]) if process else given[name] for name, process in self.parameters}
 
-    def preparation(self, connection: sa.Connection) -> str:
-        """PostgreSQL: what makes `call` possible in a session."""
+    def prepare(self, connection: sa.Connection) -> str:
+        """PostgreSQL: prepare it in this session; returns the text that executes it."""
         as_is = connection.dialect.loaded_dbapi.extensions.AsIs
         numbered = {name: as_is(f"${n}") for n, (name, _) in enumerate(self.parameters, 1)}
         text = connection.connection.cursor().mogrify(self.text, self.constants | numbered).decode()
         types = f"({', '.join(self._types)})" if self._types else ""
-        return f"PREPARE {self.name} {types} AS {text}"
+        name = f"aque_{next(_numbers)}"
+        run_text(connection, f"PREPARE {name} {types} AS {text}")
+        marks = ", ".join(f"%({name})s" for name, _ in self.parameters)
+        return f"EXECUTE {name} ({marks})" if marks else f"EXECUTE {name}"
 
     def rows(self, cursor: Any, dialect: sa.Dialect) -> list[Any]:
         """What the driver has found, with the names and types of the statement's columns."""
@@ -85,8 +91,8 @@ class _Hot:
 class _Session:
     """What is known of a connection to PostgreSQL."""
 
-    uses: dict[str, int] = field(default_factory=dict)
-    prepared: set[str] = field(default_factory=set)
+    uses: dict[_Hot, int] = field(default_factory=dict)
+    calls: dict[_Hot, str] = field(default_factory=dict)  #: of what is prepared, what executes it
     planned_at: float = 0.0  #: the oldest plan, at most
 
 
@@ -110,15 +116,20 @@ def run(connection: sa.Connection, statement: Any, parameters: Mapping[str, Any]
 
 
 def _run_postgresql(connection: sa.Connection, hot: _Hot, values: dict[str, Any]) -> Any:
-    session: _Session = connection.info.setdefault("aque_hot", _Session())
-    if hot.name not in session.prepared:
-        uses = session.uses[hot.name] = session.uses.get(hot.name, 0) + 1
+    session: _Session = connection.info.setdefault(SESSION, _Session())
+    text = session.calls.get(hot)
+    if text is None:
+        uses = session.uses[hot] = session.uses.get(hot, 0) + 1
         if uses < PREPARE_FROM:
             return run_text(connection, hot.text, values | hot.constants)
-        run_text(connection, hot.preparation(connection))
-        session.prepared.add(hot.name)
-    text, now = hot.call, time.monotonic()
+        text = session.calls[hot] = hot.prepare(connection)
+    now = time.monotonic()
     if now - session.planned_at > PLAN_SECONDS:
         session.planned_at = now
         text = f"DISCARD PLANS; {text}"
-    return run_text(connection, text, values)
+    try:
+        return run_text(connection, text, values)
+    except sa.exc.DBAPIError as error:
+        if getattr(error.orig, "pgcode", None) in FORGOTTEN:
+            connection.info.pop(SESSION, None)
+        raise

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from aque.store import statements as sql
-from aque.store.engine import Engine, table_bytes, transaction, without_jit
+from aque.store.engine import Engine, table_bytes, transaction
 
 #: Tasks in one transaction.
 BATCH = 500
@@ -88,7 +88,6 @@ class Retention:
         of a job that has not ended."""
         removed = Removed()
         with self._engine.connect() as connection:
-            without_jit(connection)
             now = connection.execute(sql.now()).scalar_one()
             if ages.task_seconds:
                 self._clean_tasks(connection, now - ages.task_seconds, pause, removed)
@@ -105,7 +104,6 @@ class Retention:
         once a day."""
         removed = Removed()
         with self._engine.connect() as connection:
-            without_jit(connection)
             now = connection.execute(sql.now()).scalar_one()
             removed.classes = self._clean_classes(connection, now)
             removed.environments = self._clean_environments(connection, now)

@@ -10,7 +10,7 @@ from farm import SPEC, claim, finish, ids, outcome, submit, worker
 from statements import counted
 
 from aque.errors import StoreUnreachable
-from aque.store import DatabaseError, Store, hot
+from aque.store import DatabaseError, Store, engine, hot
 from aque.store import statements as sql
 from aque.store.engine import transaction
 
@@ -38,7 +38,7 @@ def test_the_rows_have_the_names_and_types_that_sqlalchemy_gives_them(store: Sto
 def test_a_statement_is_prepared_for_its_third_use_on_a_connection(store: Store) -> None:
     (task,) = submitted(store, 1)
     with store.connect() as connection:
-        connection.info.pop("aque_hot", None)
+        connection.info.pop(hot.SESSION, None)
         with counted(store) as seen:
             for _ in range(4):
                 assert [row.id for row in ask(connection, store, task)] == [task]
@@ -65,6 +65,7 @@ def test_one_plan_serves_all_parameters(store: Store) -> None:
         pytest.skip("SQLite has no plans for single parameters")
     with store.connect() as connection:
         assert connection.exec_driver_sql("SHOW plan_cache_mode").scalar_one() == "force_generic_plan"
+        assert connection.exec_driver_sql("SHOW jit").scalar_one() == "off"
         for _ in range(4):
             ask(connection, store, 1)
         plans = "SELECT sum(generic_plans), sum(custom_plans) FROM pg_prepared_statements"
@@ -108,3 +109,72 @@ def test_a_connection_that_broke_is_replaced_by_one_that_knows_no_statement_yet(
         ask(connection, store, task)
     with store.connect() as connection:
         assert [row.id for row in ask(connection, store, task)] == [task]
+
+
+def test_listeners_of_others_who_want_sqlalchemys_context_are_left_alone(store: Store) -> None:
+    def listen(_connection: Any, _cursor: Any, _statement: str, _values: Any, context: Any, _many: bool) -> None:
+        context.traced = True  # as those who trace programs do
+
+    sa.event.listen(store.engine, "before_cursor_execute", listen)
+    try:
+        (task,) = submitted(store, 1)
+        with store.begin() as connection:
+            assert [row.id for row in ask(connection, store, task)] == [task]
+    finally:
+        sa.event.remove(store.engine, "before_cursor_execute", listen)
+
+
+def test_of_connections_that_broke_together_only_the_first_use_fails(store: Store) -> None:
+    if store.dialect == "sqlite":
+        pytest.skip("a file does not break the connection")
+    (task,) = submitted(store, 1)
+    store.engine.dispose()
+    with store.engine.connect() as other:
+        several = [store.engine.connect() for _ in range(3)]
+        pids = [connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() for connection in several]
+        for connection in several:
+            connection.close()
+        for pid in pids:
+            other.exec_driver_sql(f"SELECT pg_terminate_backend({pid}, 10000)")
+        other.invalidate()
+    with pytest.raises(StoreUnreachable), store.connect() as connection:
+        ask(connection, store, task)
+    for _ in pids:
+        with store.connect() as connection:
+            assert [row.id for row in ask(connection, store, task)] == [task]
+
+
+def test_who_was_interrupted_while_a_statement_was_prepared_prepares_it_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store.dialect == "sqlite":
+        pytest.skip("nothing is prepared")
+    (task,) = submitted(store, 1)
+    send = engine._send
+
+    def send_and_interrupt(cursor: Any, text: str, values: Any) -> None:
+        send(cursor, text, values)
+        if text.startswith("PREPARE"):
+            raise KeyboardInterrupt
+
+    with store.connect() as connection:
+        connection.info.pop(hot.SESSION, None)
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(engine, "_send", send_and_interrupt)
+            for _ in range(4):
+                ask(connection, store, task)
+        assert [row.id for row in ask(connection, store, task)] == [task]
+
+
+def test_a_session_that_has_forgotten_what_was_prepared_is_prepared_anew_after_one_failure(store: Store) -> None:
+    if store.dialect == "sqlite":
+        pytest.skip("nothing is prepared")
+    (task,) = submitted(store, 1)
+    with store.connect() as connection:
+        for _ in range(4):
+            ask(connection, store, task)
+        connection.exec_driver_sql("DEALLOCATE ALL")
+        with pytest.raises(DatabaseError):
+            ask(connection, store, task)
+        for _ in range(4):
+            assert [row.id for row in ask(connection, store, task)] == [task]
