@@ -420,8 +420,8 @@ class Attempt:
         elif how == "success":
             self._end(State.SUCCESS, value=what[0], shown=what[1], seconds=seconds)
         elif how == "again":
-            after_seconds, arguments, counts, error = what
-            again = Again(after_seconds, arguments, counts)
+            *wanted, error = what
+            again = Again(*wanted)
             self._end(State.ERROR, Reason.EXCEPTION, error=error, seconds=seconds, again=again)
         elif how == "withdrawn":
             reason, text = what

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
+import click
 from celery import Celery, current_app, shared_task
 from celery._state import get_current_task
 
@@ -13,7 +14,7 @@ import aque.transport  # noqa: F401  registers aque+sqlite and aque+postgresql w
 from aque import canvas, current, ingress, machine, whole_app
 from aque.bootstep import ConsumerStep, WorkerStep
 from aque.celery_task import Task
-from aque.errors import BadInput, NotSubmittable
+from aque.errors import AqueError, BadInput, NotSubmittable
 from aque.farm import farm_of, settings_of
 from aque.graphs import Graph, submit_or_add
 from aque.handles import Handle, backend_of, open_graph, submitter_of
@@ -205,9 +206,25 @@ def _configure(sender: Celery, **_: Any) -> None:
     def is_configured(name: str) -> bool:
         return bool(conf.value_set_for(name) and conf.get(name) is not None)
 
-    conf.add_defaults({name: value for name, value in _defaults(sender).items() if not is_configured(name)})
+    try:
+        defaults = _defaults(sender)
+    except AqueError as error:
+        _end_program(error)
+        raise
+    conf.add_defaults({name: value for name, value in defaults.items() if not is_configured(name)})
     if sender.aque_tasks == "all":
         whole_app.configure_results(sender)
+
+
+def _end_program(error: AqueError) -> None:
+    """End the program `celery` with this error: Celery's signals would swallow it, and the program would go on with a broker
+    that nobody has named. Any other process goes on."""
+    from celery.bin.base import CLIContext
+
+    context = click.get_current_context(silent=True)
+    if context is not None and context.find_object(CLIContext) is not None:
+        click.echo(f"celery: {error}", err=True)
+        raise SystemExit(error.exit_status)
 
 
 def _defaults(app: Celery) -> dict[str, Any]:

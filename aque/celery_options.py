@@ -154,9 +154,9 @@ def options_of(
     if "countdown" in given:
         given["countdown"] = max(0.0, given["countdown"])
     elif asked.get("eta"):
-        given["eta"] = _time("eta", asked["eta"])
+        given["eta"] = read_time("eta", asked["eta"])
     if (expires := asked.get("expires")) is not None:
-        given["expires"] = max(0.0, expires) if isinstance(expires, (int, float)) else _time("expires", expires)
+        given["expires"] = max(0.0, expires) if isinstance(expires, (int, float)) else read_time("expires", expires)
     if asked.get("shadow"):
         given["name"] = asked["shadow"]
     extra: dict[str, Any] = {}
@@ -195,7 +195,8 @@ def celery_options(task: Any) -> dict[str, Any]:
     return {option: value for option, value in found.items() if value is not None}
 
 
-def _time(what: str, value: Any) -> datetime:
+def read_time(what: str, value: Any) -> datetime:
+    """A time, as a datetime or in ISO 8601. Raises BadInput."""
     try:
         found = maybe_iso8601(value)
     except (TypeError, ValueError):

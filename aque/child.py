@@ -26,7 +26,7 @@ from aque.within import Replaced, TryAgain, adopt
 
 #: How it ended, then what of it, then seconds:
 #: "success", (encoded result or None, its repr for events); "error", (reason, encoded error);
-#: "again", (seconds, encoded arguments or None, counts, encoded error); "withdrawn", (reason, text);
+#: "again", (the fields of a `values.Again`, encoded error); "withdrawn", (reason, text);
 #: "replaced", (the fields of a `values.Replacement`, its dependencies as pairs).
 Answer = tuple[str, Any, float]
 #: The fields of `values.Usage`; None in a pool of threads, which share one process.
@@ -234,7 +234,7 @@ def _not_succeeded(info: Any, value: Any, seconds: float) -> Answer:
     if isinstance(raised, TryAgain):
         return _again(raised, trace, seconds)
     if isinstance(raised, Reject) and raised.requeue:
-        return "again", (0.0, None, False, codec.encode_error("", "rejected and requeued", trace)), seconds
+        return "again", (0.0, None, False, None, None, codec.encode_error("", "rejected and requeued", trace)), seconds
     if isinstance(raised, Reject):
         return "withdrawn", (str(Reason.REJECTED), codec.text_of(raised)), seconds
     if isinstance(raised, Ignore):
@@ -247,7 +247,7 @@ def _again(again: TryAgain, trace: str, seconds: float) -> Answer:
         error = codec.encode_exception(again.exc, trace)
     else:
         error = codec.encode_error("", codec.text_of(again), trace)
-    return "again", (again.after_seconds, again.arguments, True, error), seconds
+    return "again", (again.after_seconds, again.arguments, True, again.priority, again.class_id, error), seconds
 
 
 def _error(reason: Reason, error: bytes, seconds: float) -> Answer:

@@ -1,6 +1,6 @@
 """The handles that stand for submitted tasks and groups: Celery's results, over the table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from aque.errors import BadInput, TaskSkipped, UnknownTask
 from aque.farm import farm_of
 from aque.store import Tree
 from aque.submitter import Submitter
+from aque.values import TaskSpec
 
 if TYPE_CHECKING:
     from aque.graphs import Graph
@@ -277,6 +278,7 @@ class StandIn:
 
     submitter: Submitter
     backend: Backend
+    running: Mapping[str, TaskSpec]  #: the tasks that run just now, by their ids in Celery
 
 
 #: Of the tasks that are submitted in this context; None: the farm.

@@ -5,7 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,8 @@ from aque.handles import StandIn, open_graph, stand_in
 from aque.settings import Settings
 from aque.states import CELERY_STATE, Reason, State
 from aque.submitter import Submitter
-from aque.values import OWN_INTERPRETER, Pattern, TaskSpec
+from aque.values import OWN_INTERPRETER, Condition, Dependency, Pattern, Replacement, TaskSpec
+from aque.within import Replaced
 
 #: The first id: higher than any in a store, so that none is taken for a task there.
 FIRST_ID = 9 * 10**17
@@ -97,12 +98,13 @@ class _Run:
         self._numbers: dict[str, int] = {}  #: by Celery's id
         self._began: set[int] = set()
         self._ended: dict[int, _Ended] = {}
+        self._running: dict[str, TaskSpec] = {}  #: by their ids in Celery
         self._told: set[int] = set()  #: somebody has asked how these ended
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """What is submitted comes here."""
-        token = stand_in.set(StandIn(_Drafts(self, self._settings), _Results(self, self._app)))
+        token = stand_in.set(StandIn(_Drafts(self, self._settings), _Results(self, self._app), self._running))
         outer = open_graph.set(None)
         try:
             yield
@@ -129,17 +131,31 @@ class _Run:
         """How this task ends, run now if need be; None if there is no such task."""
         if (task_id := self._numbers.get(celery_id)) is None:
             return None
-        needed, look = {task_id}, [task_id]
-        while look:
-            upstream = {d.upstream for d in self._specs[look.pop()].dependencies}
-            new = {i for i in upstream if i not in needed and i not in self._ended}
-            needed |= new
-            look += new
+        needed = self._needed([task_id])
         if stuck := (needed & self._began) - self._ended.keys():
             raise BadInput(f"task {celery_id} is waited for by task {min(stuck)}, which it waits for itself.")
         self._run(needed - self._began)
         self._told.add(task_id)
         return self._ended[task_id]
+
+    def _needed(self, ids: Iterable[int]) -> set[int]:
+        """Those of these tasks that have not ended, and what they wait for."""
+        needed: set[int] = set()
+        look = list(ids)
+        while look:
+            if (found := look.pop()) not in needed and found not in self._ended:
+                needed.add(found)
+                look += [d.upstream for d in self._specs[found].dependencies]
+        return needed
+
+    def join(self, new: int, member: int) -> None:
+        """Make a task a member of the group that another is a member of. Raises BadInput if that is in none."""
+        for spec in self._specs.values():
+            if spec.requirement.pattern is Pattern.GROUP and member in spec.inputs and spec.id not in self._ended:
+                more = (*spec.dependencies, Dependency(new, Condition.ANY))
+                self._specs[spec.id] = replace(spec, inputs=(*spec.inputs, new), dependencies=more)
+                return
+        raise BadInput(f"task {member} is no member of a group that is still open. Nothing was submitted.")
 
     def raise_untold(self) -> None:
         """Raise what a task has raised, unless somebody has asked for it, or for what waited for it."""
@@ -200,9 +216,12 @@ class _Run:
         for task_id in deps.in_order(graph):
             if task_id not in self._began:  # one before it may have asked for it
                 self._began.add(task_id)
-                self._ended[task_id] = self._end(self._specs[task_id])
+                self._ended[task_id] = self._end(task_id)
 
-    def _end(self, spec: TaskSpec) -> _Ended:
+    def _end(self, task_id: int) -> _Ended:
+        # What it has come to wait for since the run was ordered: of a task that was replaced, or joined its group.
+        self._run(self._needed(d.upstream for d in self._specs[task_id].dependencies) - self._began)
+        spec = self._specs[task_id]
         upstream = [(d.condition, self._ended[d.upstream].state) for d in spec.dependencies]
         if any(deps.is_impossible(condition, state) for condition, state in upstream):
             return _Ended(State.SKIPPED)
@@ -213,7 +232,13 @@ class _Run:
             )
         run = self._command if spec.requirement.pattern is Pattern.SHELL else self._function
         for attempt in range(1, spec.max_attempts + 1):
-            ended = run(spec, {"AQUE_TASK_ID": str(spec.id), "AQUE_TID": str(spec.id), "AQUE_ATTEMPT": str(attempt)})
+            try:
+                ended = run(
+                    spec, {"AQUE_TASK_ID": str(spec.id), "AQUE_TID": str(spec.id), "AQUE_ATTEMPT": str(attempt)}
+                )
+            except Replaced as replaced:
+                self._specs[spec.id] = _replaced(spec, replaced.replacement)
+                return self._end(spec.id)
             if ended.state is not State.ERROR:
                 break
         return ended
@@ -226,8 +251,15 @@ class _Run:
             args, kwargs = codec.decode_arguments(spec.arguments, {i: self._input(i) for i in spec.inputs})
         except Exception as error:
             return _Ended(State.ERROR, error=error)
-        with _variables({**variables, "AQUE_CPUS": "1"}):
-            result = task.apply(args, kwargs, task_id=spec.celery_id or str(spec.id), throw=False)
+        celery_id = spec.celery_id or str(spec.id)
+        self._running[celery_id] = spec
+        try:
+            with _variables({**variables, "AQUE_CPUS": "1"}):
+                result = task.apply(args, kwargs, task_id=celery_id, throw=False)
+        finally:
+            del self._running[celery_id]
+        if isinstance(result.result, Replaced):
+            raise result.result
         if result.state == SUCCESS:
             try:
                 return _Ended(
@@ -286,6 +318,20 @@ class _Run:
         return _Ended(State.ERROR, json.dumps(end).encode(), failed)
 
 
+def _replaced(spec: TaskSpec, new: Replacement) -> TaskSpec:
+    """A row that another task has taken over."""
+    known = {d.upstream for d in spec.dependencies}
+    more = tuple(d for d in new.dependencies if d.upstream not in known)
+    return replace(
+        spec,
+        name=new.name,
+        function=new.function,
+        arguments=new.arguments,
+        inputs=new.inputs,
+        dependencies=(*spec.dependencies, *more),
+    )
+
+
 @contextmanager
 def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in wanted}
@@ -317,8 +363,12 @@ class _Drafts(Submitter):
 
     def submit(self, specs: Sequence[TaskSpec], joins: tuple[int, int] | None = None) -> dict[int, State]:
         if joins is not None:
-            raise BadInput("a group that runs in this process takes no more members.")
+            self._run.join(*joins)
         return self._run.add(specs)
+
+    def class_of(self, spec: TaskSpec) -> int:
+        """Any: nothing is claimed here."""
+        return 0
 
     def check_possible(self, specs: Iterable[TaskSpec]) -> None:
         """This process runs everything."""

@@ -13,6 +13,7 @@ from typing import Any
 from aque import durations, hints
 from aque.errors import BadInput
 from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memory, parse_resources
+from aque.settings import Settings
 from aque.values import Children, Dependency, Pattern, Requirement
 
 _TAG = re.compile(r"!?[A-Za-z0-9_.-]{1,64}")
@@ -199,6 +200,18 @@ def read_integer(what: str, value: int, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise BadInput(f"{what} must be a whole number from {low} to {high}, not {value!r:.60}.")
     return value
+
+
+def read_priority(wanted: int, settings: Settings, user: str) -> int:
+    """A priority that this user may have. Raises BadInput."""
+    priority = read_integer("priority", wanted, -(1 << 31), (1 << 31) - 1)
+    highest = settings.max_user_priority
+    if priority > highest and not settings.is_administrator(user):
+        raise BadInput(
+            f"a priority above {highest} needs an administrator (settings max_user_priority, administrators), and "
+            f"{user} is none. Nothing was submitted."
+        )
+    return priority
 
 
 def read_duration(value: float | str) -> tuple[float, float]:

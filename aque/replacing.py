@@ -1,5 +1,6 @@
 """What a running task does to the canvas that it is in: a signature takes its place, or becomes another member of its group."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from celery import Task as CeleryTask
@@ -10,6 +11,7 @@ from aque import codec, within
 from aque.canvas import Builder, Lead, Where
 from aque.codec import Reference
 from aque.errors import BadInput
+from aque.handles import stand_in
 from aque.signatures import ends_in_group
 from aque.values import Condition, Replacement
 
@@ -20,35 +22,55 @@ ACCUMULATE = "celery.accumulate"
 def replace(task: CeleryTask, sig: Any) -> Any:
     """Celery's `self.replace`: leave the running task's row, with its id, what waits for it and its callbacks, to a signature.
     Never returns."""
-    if not within.is_from_table(task):
+    if (row := _row(task)) is None:
         return CeleryTask.replace(task, sig)
-    raise within.Replaced(replacement(task, sig))
+    raise within.Replaced(replacement(task, row, sig))
 
 
 def add_to_chord(task: CeleryTask, sig: Any, lazy: bool = False) -> Any:
     """Celery's `self.add_to_chord`: what follows the group or chord that the running task is a member of waits for this
     signature, too, and gets its result at the end of the list. It is submitted at once: `lazy` is refused."""
-    if not within.is_from_table(task):
+    if (row := _row(task)) is None:
         return CeleryTask.add_to_chord(task, sig, lazy)
     if lazy:
         raise BadInput("add_to_chord submits at once: lazy=True is not supported. Nothing was submitted.")
-    return add_to_group(task, sig)
+    return add_to_group(task, row, sig)
 
 
 within.WAYS.extend((replace, add_to_chord))
 
 
-def replacement(task: CeleryTask, sig: Any) -> Replacement:
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The row whose attempt is running."""
+
+    id: int
+    errbacks: Any
+    where: Where  #: the job or group that it is in
+
+
+def _row(task: CeleryTask) -> _Row | None:
+    """That of a task which was claimed from the table, or runs in `aque.execute`; None: it was called, eager or sent."""
+    request = task.request
+    if within.is_from_table(task):
+        job = str(request.root_id or "")
+        is_member = job.isdecimal() and int(job) != request.aque_id
+        return _Row(request.aque_id, request.aque_errbacks, Where(int(job)) if is_member else Where())
+    instead = stand_in.get()
+    spec = None if instead is None else instead.running.get(request.id)
+    return None if spec is None else _Row(spec.id, spec.extra.get("errbacks"), Where())
+
+
+def replacement(task: CeleryTask, row: _Row, sig: Any) -> Replacement:
     """Submit what replaces the running `task`, but for its last task: that is what the row of `task` is to run next."""
     app, request = task.app, task.request
     if "chord" in sig.options:
         raise ImproperlyConfigured("A signature replacing a task must not be part of a chord")
     if isinstance(sig, _chain) and not sig.tasks:
         raise ImproperlyConfigured("Cannot replace with an empty chain")
-    row = request.aque_id
-    errbacks = codec.decode_result(codec.encode_result(request.aque_errbacks or [], 1 << 62)) or []
+    errbacks = codec.decode_result(codec.encode_result(row.errbacks or [], 1 << 62)) or []
     builder = Builder(app)
-    builder.take_over(request.id, row, errbacks, _beside(task))
+    builder.take_over(request.id, row.id, errbacks, row.where)
     more = {"link_error": errbacks} if errbacks else {}
     if ends_in_group(sig, app):
         whole = builder.place(sig, None, more)
@@ -57,24 +79,18 @@ def replacement(task: CeleryTask, sig: Any) -> Replacement:
         builder.place(last, lead, {"task_id": request.id})
     else:
         builder.place(sig, None, {**more, "task_id": request.id})
-    spec = builder.spec(builder.nodes.pop(row))
+    spec = builder.spec(builder.nodes.pop(row.id))
     builder.submit()
     class_id = builder.submitter.class_of(spec)
     return Replacement(spec.name, spec.function, spec.arguments, spec.inputs, spec.dependencies, class_id)
 
 
-def add_to_group(task: CeleryTask, sig: Any) -> Any:
+def add_to_group(task: CeleryTask, row: _Row, sig: Any) -> Any:
     """Submit a signature as another member of the group that the running `task` is a member of."""
     builder = Builder(task.app)
-    builder.root = _beside(task)
+    builder.root = row.where
     placed = builder.place(sig)
     if placed is None:
         raise BadInput("there is nothing in this canvas to add to the group. Nothing was submitted.")
-    builder.submit(joins=(placed.id, task.request.aque_id))
+    builder.submit(joins=(placed.id, row.id))
     return placed.result
-
-
-def _beside(task: CeleryTask) -> Where:
-    """The job or group that the running task is in."""
-    job = str(task.request.root_id or "")
-    return Where(int(job)) if job.isdecimal() and int(job) != task.request.aque_id else Where()

@@ -26,6 +26,7 @@ from aque.options import (
     read_moment,
     read_not_before,
     read_path,
+    read_priority,
     read_text,
     requirement_of,
 )
@@ -331,7 +332,9 @@ class Submitter:
             id=task_id,
             name=read_text("name", options.name or name),
             requirement=requirement,
-            priority=parent.priority if parent and options.priority is None else self._priority(options.priority or 0),
+            priority=parent.priority
+            if parent and options.priority is None
+            else read_priority(options.priority or 0, self.settings, self._user),
             age_rank=-int(self.settings.priority_per_hour * time.time() / 3600),
             duration=duration,
             relative_duration=relative_duration,
@@ -353,16 +356,6 @@ class Submitter:
             extra=options.extra,
             **fields,
         )
-
-    def _priority(self, wanted: int) -> int:
-        priority = read_integer("priority", wanted, -(1 << 31), (1 << 31) - 1)
-        highest = self.settings.max_user_priority
-        if priority > highest and not self.settings.is_administrator(self._user):
-            raise BadInput(
-                f"a priority above {highest} needs an administrator (settings max_user_priority, administrators), and "
-                f"{self._user} is none. Nothing was submitted."
-            )
-        return priority
 
     def _user_of(self, options: Options) -> str:
         if options.user and options.user != self._user and os.geteuid() != 0:

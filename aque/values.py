@@ -209,6 +209,8 @@ class Again:
     after_seconds: float = 0.0
     arguments: bytes | None = None  #: with these from now on; None: with the same
     counts: bool = True  #: as a failed attempt
+    priority: int | None = None  #: from now on; None: the same
+    class_id: int | None = None  #: of its requirement from now on; None: the same
 
 
 @dataclass(frozen=True, slots=True)

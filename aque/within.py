@@ -7,6 +7,7 @@ Celery's own, which would send a message.
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import MethodType
 from typing import Any, TypeVar
@@ -17,6 +18,10 @@ from celery.exceptions import Ignore, Retry
 from celery.utils.serialization import raise_with_context
 
 from aque import codec, taskclient
+from aque.errors import BadInput
+from aque.farm import farm_of, settings_of
+from aque.machine import user_name
+from aque.options import read_priority, read_text
 from aque.values import Replacement
 
 Item = TypeVar("Item")
@@ -31,14 +36,24 @@ class Replaced(Ignore):
 
 
 class TryAgain(Retry):
-    """Raised in a task: it asks for another attempt after so many seconds, with `arguments` (None: the same)."""
+    """Raised in a task: it asks for another attempt after so many seconds, with `arguments`, a priority and a requirement
+    class (None: the same)."""
 
     def __init__(
-        self, exc: BaseException | None, when: Any, after_seconds: float, arguments: bytes | None, sig: Any = None
+        self,
+        exc: BaseException | None,
+        when: Any,
+        after_seconds: float,
+        arguments: bytes | None,
+        priority: int | None = None,
+        class_id: int | None = None,
+        sig: Any = None,
     ) -> None:
         super().__init__(exc=exc, when=when, sig=sig)
         self.after_seconds = after_seconds
         self.arguments = arguments
+        self.priority = priority
+        self.class_id = class_id
 
 
 def is_from_table(task: Task) -> bool:
@@ -59,11 +74,17 @@ def retry(
 ) -> Any:
     """Celery's `self.retry`, as an outcome of the attempt: the row waits for its time and runs again, under its id.
 
-    Other options than these have no effect: the row keeps its queue and priority.
+    Of other options there are `queue` and `priority`, which the row has from then on. Raises BadInput for any other.
     """
     request = task.request
     if not is_from_table(task):
         return Task.retry(task, args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+    changed = {name: value for name, value in options.items() if value is not None}
+    if without_effect := sorted(changed.keys() - {"queue", "priority"}):
+        raise BadInput(
+            f"self.retry cannot change {', '.join(without_effect)}: of a call's options it takes countdown, eta, queue and "
+            "priority. The task is not tried again."
+        )
     retries = request.retries + 1
     if max_retries is None:
         max_retries = task.max_retries
@@ -83,11 +104,28 @@ def retry(
     if args is not None or kwargs is not None:
         new = task.signature_from_request(request, args, kwargs)
         arguments, _ = codec.encode_arguments(new.args, new.kwargs)
-    again = TryAgain(exc, eta or countdown, _seconds_until(eta) if eta else max(0.0, countdown or 0.0), arguments)
+    seconds = _seconds_until(eta) if eta else max(0.0, countdown or 0.0)
+    again = TryAgain(exc, eta or countdown, seconds, arguments, *_changed(task, **changed))
     if throw:
         raise again
     request.aque_asks.append(again)
     return again
+
+
+def _changed(task: Task, priority: Any = None, queue: Any = None) -> tuple[int | None, int | None]:
+    """The priority, and the requirement class with this queue; None: as before."""
+    if priority is not None:
+        priority = read_priority(priority, settings_of(task.app), user_name())
+    if queue is None:
+        return priority, None
+    queue = read_text("queue", getattr(queue, "name", queue))
+    store = farm_of(task.app).store
+    with store.connect() as connection:
+        before = store.inherited(connection, task.request.aque_id)
+        if before is None or before.requirement.queue == queue:
+            return priority, None
+        requirement = replace(before.requirement, queue=queue)
+        return priority, store.requirement_ids(connection, [requirement])[requirement]
 
 
 def _seconds_until(eta: datetime) -> float:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -69,17 +70,19 @@ def _call(farm: Farm, submitter: Submitter, words: tuple[str, ...], chosen: dict
             f"{function!r} is not MODULE:FUNCTION: write for example os.path:getsize. Nothing was submitted."
         )
     context = click.get_current_context()
+    unnamed: dict[str, Any] = {}
     if not chosen["interpreter"]:  # another one may have modules that are not here
         own = _options_of(_function(function), args, kwargs)
         if chosen["io"] or chosen["no_io"]:  # what the caller says of its paths replaces all that the task says
             own = {name: value for name, value in own.items() if name not in ("io", "no_io")}
+        unnamed = {name: own[name] for name in _UNNAMED if name in own}
         chosen |= {
             name: value
             for name, value in own.items()
             if name in chosen and context.get_parameter_source(name) is ParameterSource.DEFAULT
         }
     encoded = _encode(args, kwargs)
-    options = read(farm, chosen)
+    options = replace(read(farm, chosen), **unnamed)
     (task_id,) = submitter.reserve(1)
     return submitter.function(task_id, function, function.replace(":", "."), encoded, [], options)
 
@@ -106,16 +109,23 @@ def _wait(farm: Farm, spec: TaskSpec, local: bool) -> int:
     return exit_status(end)
 
 
+#: Options of a task that the command line has no name for: what the task says of them holds.
+_UNNAMED = ("countdown", "eta", "expires", "children", "layer", "extra")
 _AMOUNTS = {"resources": parse_resources, "limits": parse_limits}
 
 
 def _options_of(found: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The options with which a function was made a task, by their names on the command line, for a call with these arguments;
-    none of any other function."""
+    """The options with which a function was made a task, by their names on the command line (those that it has none for, by
+    those of `options.Options`), for a call with these arguments; none of any other function."""
     if "aque.celery_app" not in sys.modules:  # so it is not a task of Aque
         return {}
-    from aque.task_options import TASK_OPTIONS
+    from celery import Task
 
+    from aque.celery_options import read_time
+    from aque.task_options import TASK_OPTIONS, parse_rate
+
+    if not isinstance(found, Task):
+        return {}
     given = {name: value for name in TASK_OPTIONS if (value := getattr(found, name, None)) is not None}
     if "io" in given:
         given["no_io"] = not given.pop("io")
@@ -140,6 +150,10 @@ def _options_of(found: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str
             given[option] = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     if "requeue" in given:
         given["no_requeue"] = not given.pop("requeue")
+    if isinstance(given.get("expires"), str):
+        given["expires"] = read_time("expires", given["expires"])
+    if limit := found.rate_limit:
+        given["extra"] = {"rate_limit": parse_rate(limit)}
     return given
 
 

@@ -355,7 +355,8 @@ def reachable(engine: sa.Engine) -> Iterator[None]:
         where = engine.url.render_as_string(hide_password=True)
         first = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
         raise StoreUnreachable(
-            f"cannot use the store {where}: {first}. Nothing was done. Check AQUE_BROKER and that the server is up."
+            f"cannot use the store {where}: {first}. Nothing was done; what was submitted before goes on. Check "
+            "AQUE_BROKER and that the server is up, and ask again."
         ) from driver_error(error)
 
 

@@ -19,7 +19,7 @@ from aque.store.reservations import ready_task
 from aque.store.rows import Finished, Released, to_json
 from aque.store.submissions import Submissions
 from aque.store.tables import edge
-from aque.values import Children, Outcome, Usage
+from aque.values import Again, Children, Outcome, Usage
 
 
 class Finishes(Submissions, Claims):
@@ -68,6 +68,9 @@ class Finishes(Submissions, Claims):
             if o.again is not None and o.again.arguments is not None and o.id in repeated
         ]:
             connection.execute(sql.set_arguments(), new_arguments)
+        for outcome in outcomes:
+            if outcome.again is not None and outcome.id in repeated:
+                self._change(connection, outcome.id, outcome.again)
         if gone := [i for i in repeated if i in lost]:
             self._keep_attempts(connection, gone, "lost", Reason.WORKER_LOST)
         if values := [row for row in values if row["task_id"] in moved]:
@@ -92,6 +95,13 @@ class Finishes(Submissions, Claims):
             waiting=waiting,
             refused=[o.id for o in outcomes if o.id not in {row.id for row in written}],
         )
+
+    def _change(self, connection: sa.Connection, task_id: int, again: Again) -> None:
+        """What a task that is to run again is from now on."""
+        if again.priority is not None:
+            self.changes.set_priority(connection, [task_id], again.priority)
+        if again.class_id is not None:
+            self.changes.set_classes(connection, {task_id: again.class_id})
 
     def _replace(self, connection: sa.Connection, outcome: Outcome) -> Sequence[Any]:
         """Give a task's row to what takes its place: its dependents, its id and its job stay, and its claim ends. None if the

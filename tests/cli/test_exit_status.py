@@ -91,3 +91,9 @@ def test_what_was_cancelled_says_whether_it_ran(reason, said):
 @pytest.mark.parametrize("stored", [None, b"", b"no json", b"[]", b'"text"', b"\xff"])
 def test_an_odd_stored_error_is_no_error_of_ours(stored):
     assert error_text(stored) == ""
+
+
+@pytest.mark.parametrize("words", [("status",), ("inspect", "ping"), ("report",)])
+def test_celery_s_program_says_that_the_store_cannot_be_read(aque, words):
+    done = aque("-A", "aque.celery_app", *words, env={"AQUE_BROKER": "nonsense://x"}, program="celery")
+    assert done.status == 2 and "AQUE_BROKER cannot be nonsense://" in done.err and "amqp" not in done.out + done.err

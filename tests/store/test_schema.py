@@ -73,6 +73,7 @@ def test_a_server_that_is_not_there_is_named_without_its_password() -> None:
         open_store(settings.load({"AQUE_BROKER": "postgresql://someone:secret@127.0.0.1:1/aque"}))
     assert "127.0.0.1:1/aque" in str(refused.value)
     assert "secret" not in str(refused.value)
+    assert "what was submitted before goes on" in str(refused.value)
 
 
 def test_a_state_directory_that_cannot_be_made_is_refused_with_what_to_set(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 from celery import Celery, chain, chord, group
 
 import aque
-from tests.worker import functions
+from aque.errors import BadInput
+from tests.worker import canvas_tasks, functions
 from tests.worker.tasks import OwnError, add, echo, fail, record, total
 
 
@@ -33,6 +34,35 @@ def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_canvas_has_the_result_that_it_has_on_the_farm(work: Any, result: Any) -> None:
     assert aque.execute(work) == result
+
+
+@pytest.mark.parametrize(
+    ("kind", "result"),
+    [("task", 3), ("chain", 15), ("group", [0, 2, 4]), ("chord", 6), ("chain of group", [13, 23])],
+)
+def test_a_task_is_replaced_as_on_the_farm(kind: str, result: Any) -> None:
+    assert aque.execute(canvas_tasks.replaced_by.s(kind)) == result
+    assert aque.execute(chain(canvas_tasks.replaced_by.s(kind), echo.s())) == result
+    assert aque.execute(chord([canvas_tasks.replaced_by.s(kind), echo.s(1)], echo.s())) == [result, 1]
+
+
+def test_a_plain_task_is_replaced_too() -> None:
+    assert aque.execute(chain(canvas_tasks.plain_replaced.s(1), add.s(10))) == 13
+
+
+@pytest.mark.parametrize("kind", ["failing chain", "failing task"])
+def test_a_replaced_task_fails_as_what_replaced_it_and_its_error_callback_hears_of_it(
+    tmp_path: Path, kind: str
+) -> None:
+    with pytest.raises(ValueError, match=r"first|alone"):
+        aque.execute(canvas_tasks.replaced_by.s(kind).set(link_error=functions.write_error.s(str(tmp_path / "error"))))
+    assert (tmp_path / "error").read_text().startswith("ValueError: ")
+
+
+def test_a_member_adds_to_its_chord() -> None:
+    assert aque.execute(chord([canvas_tasks.extends.s(2), add.s(1, 1)], echo.s())) == [2, 2, 100, 101]
+    with pytest.raises(BadInput, match="no member of a group"):
+        aque.execute(canvas_tasks.extends.s(1))
 
 
 def test_a_canvas_gets_arguments_and_may_be_long() -> None:

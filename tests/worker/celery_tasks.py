@@ -19,6 +19,14 @@ def fail_first(self: Any, times: int, countdown: float = 0) -> int:
     return int(self.request.retries)
 
 
+@aque.task(bind=True)
+def move(self: Any, **options: Any) -> int:
+    """Asks once for another attempt with these options."""
+    if self.request.retries == 0:
+        raise self.retry(countdown=0, **options)
+    return int(self.request.retries)
+
+
 @aque.task(bind=True, max_retries=None)
 def count_down(self: Any, left: int) -> str:
     """Another attempt with other arguments."""

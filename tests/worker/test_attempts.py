@@ -43,6 +43,22 @@ def test_another_attempt_may_have_other_arguments(farm: Farm) -> None:
     assert tasks.count_down.delay(3).get(timeout=LIMIT) == "3 [0]"
 
 
+def test_another_attempt_may_have_another_queue_and_priority(farm: Farm) -> None:
+    task = tasks.move.delay(priority=7)
+    assert task.get(timeout=LIMIT) == 1 and farm.row(task)["priority"] == 7
+    task = tasks.move.delay(queue="nobodys", priority=-1)
+    wait_until(lambda: farm.row(task)["queue"] == "nobodys", LIMIT)
+    row = farm.row(task)
+    assert (row["state"], row["priority"], row["attempt"]) == ("ready", -1, 1)
+    task.kill()
+
+
+def test_what_another_attempt_cannot_have_is_refused(farm: Farm) -> None:
+    task = tasks.move.delay(expires=60)
+    with pytest.raises(BadInput, match=r"self\.retry cannot change expires"):
+        task.get(timeout=LIMIT)
+
+
 def test_a_task_that_has_asked_too_often_ends_with_what_it_raised(farm: Farm) -> None:
     task = tasks.never.delay()
     with pytest.raises(KeyError, match="lost"):
