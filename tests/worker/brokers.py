@@ -57,6 +57,18 @@ class Brokered:
         """An ordinary Celery task of the app."""
         return self.client.send_task(f"{APP}.{name}", args, **options)
 
+    def kill_everything(self) -> None:
+        """Whatever has not ended, in the table and of ordinary tasks: a test that failed must not be the next one's trouble."""
+        self.farm.kill_everything()
+        if not self.worker.running():
+            return
+        with suppress(AssertionError):  # a task that has just ended is active for another moment
+            wait_until(lambda: not self.ask("active"), 2)
+            return
+        left = [request["id"] for question in ("active", "reserved") for request in self.ask(question)]
+        self.ask("revoke", task_id=left, terminate=True, signal="SIGKILL")
+        wait_until(lambda: not self.ask("active"), LIMIT_SECONDS, "nothing runs")
+
 
 @contextmanager
 def working(farm: Farm, name: str, **options: Any) -> Iterator[Brokered]:
