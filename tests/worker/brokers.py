@@ -62,12 +62,15 @@ class Brokered:
         self.farm.kill_everything()
         if not self.worker.running():
             return
+
+        def left() -> list[str]:
+            return [request["id"] for question in ("active", "reserved") for request in self.ask(question)]
+
         with suppress(AssertionError):  # a task that has just ended is active for another moment
-            wait_until(lambda: not self.ask("active"), 2)
+            wait_until(lambda: not left(), 2)
             return
-        left = [request["id"] for question in ("active", "reserved") for request in self.ask(question)]
-        self.ask("revoke", task_id=left, terminate=True, signal="SIGKILL")
-        wait_until(lambda: not self.ask("active"), LIMIT_SECONDS, "nothing runs")
+        self.ask("revoke", task_id=left(), terminate=True, signal="SIGKILL")
+        wait_until(lambda: not left(), LIMIT_SECONDS, "nothing runs or waits")
 
 
 @contextmanager
