@@ -33,5 +33,5 @@ def on(brokered: Brokered) -> Iterator[Brokered]:
         if not brokered.worker.running():
             brokered.start_worker()
         yield brokered
-    brokered.farm.kill_everything()
+    brokered.kill_everything()
     assert brokered.farm.findings() == []

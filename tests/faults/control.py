@@ -42,13 +42,13 @@ def check(function: Check) -> Check:
 def running(on: Brokered, directory: Path) -> tuple[Any, Any, Any, Path]:
     """A function and a command of the table and an ordinary task, which run until there is a gate."""
     mark = uuid4().hex[:8]
-    gate, files = directory / f"gate-{mark}", [str(directory / f"{mark}-{n}") for n in range(3)]
-    function = tasks.started.delay(files[0], str(gate))
+    gate, started = directory / f"gate-{mark}", str(directory / f"started-{mark}")
+    function = tasks.started.delay(started, str(gate))
     command = aque.shell(["sh", "-c", 'until [ -e "$1" ]; do sleep 0.05; done', "sh", str(gate)])
-    plain = on.send("wait", files[2], str(gate))
-    for task in (function, command):
-        on.farm.wait_for_state(task, "running")
-    wait_until(lambda: Path(files[2]).exists(), LIMIT, "the ordinary task runs")
+    plain = on.send("wait", started, str(gate))
+    # An ordinary task has begun some moments before the worker, which hears of it from the pool's child, says so.
+    all_of = {function.id, command.id, plain.id}
+    wait_until(lambda: all_of <= known(on.ask("active")).keys(), LIMIT, "they run")
     return function, command, plain, gate
 
 
@@ -96,7 +96,7 @@ def check_reserved(on: Brokered, directory: Path) -> None:
     def of_them(question: str) -> set[str]:
         return known(on.ask(question)).keys() & {sent.id for sent in more}
 
-    wait_until(lambda: of_them("reserved") - of_them("active"), LIMIT, "some wait")
+    wait_until(lambda: (len(of_them("active")), len(of_them("reserved"))) == (1, 3), LIMIT, "one runs, three wait")
     end(gate, function, command, plain, *more)
 
 
@@ -381,7 +381,7 @@ def main() -> int:
                     except BaseException as error:
                         traceback.print_exc()
                         table[name, broker] = f"FAILED {type(error).__name__}"
-                        on.farm.kill_everything()
+                        on.kill_everything()
                     print(f"{broker:16} {name:26} {table[name, broker]}", flush=True)
                 assert on.farm.findings() == []
     print(f"\n{'':26}" + "".join(f"{broker:>18}" for broker in brokers))

@@ -132,6 +132,7 @@ def test_a_task_that_was_killed_while_its_worker_was_dead_never_starts_again(own
     assert (row["reason"], step.attempts) == ("request", [1])
 
 
+@ON_SQLITE
 def test_the_supervisor_of_a_command_that_is_killed_costs_an_attempt_and_leaves_no_process(
     own_farm: Farm, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def test_the_supervisor_of_a_command_that_is_killed_costs_an_attempt_and_leaves_
     assert own_farm.attempts(step.task) == [(1, "lost", "worker_lost")]
 
 
+@ON_POSTGRESQL
 def test_the_supervisors_server_that_is_killed_is_replaced(own_farm: Farm, tmp_path: Path) -> None:
     worker = own_farm.start_worker("-c", "1", cpus=2)
     step = Step(tmp_path)
@@ -350,6 +352,7 @@ def test_a_command_that_may_not_be_requeued_ends_with_its_worker(own_farm: Farm,
 # -- a worker that is told to stop ------------------------------------------------------------------------------------------
 
 
+@ON_SQLITE
 def test_sigterm_lets_a_worker_finish_what_it_runs_and_start_nothing(own_farm: Farm, tmp_path: Path) -> None:
     worker = own_farm.start_worker("-c", "1", cpus=1, drain_seconds=60)
     command, function = Step(tmp_path), Step(tmp_path, "function")
@@ -375,6 +378,7 @@ def test_sigterm_lets_a_worker_finish_what_it_runs_and_start_nothing(own_farm: F
     assert own_farm.live() == []
 
 
+@ON_POSTGRESQL
 def test_a_worker_that_has_drained_long_enough_gives_back_what_runs(own_farm: Farm, tmp_path: Path) -> None:
     worker = own_farm.start_worker("-c", "1", cpus=1, drain_seconds=0.2)
     command, function = Step(tmp_path), Step(tmp_path, "function")
@@ -487,6 +491,7 @@ def test_nothing_is_lost_when_all_connections_are_ended_again_and_again(
     assert (found.never_ran, found.out_of_order, found.findings, found.lost) == ([], [], [], 0)
 
 
+@ON_SQLITE
 def test_idle_pool_children_that_are_killed_do_not_freeze_the_pool(own_farm: Farm) -> None:
     worker = own_farm.start_worker("-c", "2")
     worker.wait_until_it_claims()

@@ -57,6 +57,21 @@ class Brokered:
         """An ordinary Celery task of the app."""
         return self.client.send_task(f"{APP}.{name}", args, **options)
 
+    def kill_everything(self) -> None:
+        """Whatever has not ended, in the table and of ordinary tasks: a test that failed must not be the next one's trouble."""
+        self.farm.kill_everything()
+        if not self.worker.running():
+            return
+
+        def left() -> list[str]:
+            return [request["id"] for question in ("active", "reserved") for request in self.ask(question)]
+
+        with suppress(AssertionError):  # a task that has just ended is active for another moment
+            wait_until(lambda: not left(), 2)
+            return
+        self.ask("revoke", task_id=left(), terminate=True, signal="SIGKILL")
+        wait_until(lambda: not left(), LIMIT_SECONDS, "nothing runs or waits")
+
 
 @contextmanager
 def working(farm: Farm, name: str, **options: Any) -> Iterator[Brokered]:

@@ -18,14 +18,14 @@ from aque.errors import BadInput, RemoteError
 from aque.handles import Handle
 from tests.servers import wait_until
 from tests.worker import tasks
-from tests.worker.brokers import of_the_run
+from tests.worker.brokers import BROKERS, Monitor, of_the_run
 from tests.worker.farm import LIMIT_SECONDS as LIMIT
 from tests.worker.farm import Farm
 
 APP = "tests.worker.whole"
 
 
-@pytest.fixture(scope="module", params=["aque+sqlite", "aque+postgresql"])
+@pytest.fixture(scope="module", params=BROKERS)
 def whole_farm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     directory = tmp_path_factory.mktemp("whole")
     with of_the_run(request, request.param, directory) as chosen, Farm(directory=directory, **chosen) as farm:
@@ -87,7 +87,9 @@ def test_a_broadcast_keeps_celerys_way_and_has_no_place_in_a_canvas(
     farm: Farm, whole: ModuleType, tmp_path: Path
 ) -> None:
     before = farm.counts()
+    farm.workers[0].wait_until_it_answers(farm.client())  # what was told to everybody before is not for who comes later
     whole.told.delay(str(tmp_path / "told"))
+    wait_until((tmp_path / "told").exists, LIMIT, "the worker was told")
     assert farm.counts() == before
     with pytest.raises(BadInput, match="every worker"):
         chain(whole.add.s(1, 1), whole.told.si("nowhere")).delay()
@@ -147,22 +149,12 @@ def test_signals_tell_of_a_call_and_may_add_headers(farm: Farm, whole: ModuleTyp
 
 
 def test_task_sent_is_an_event(farm: Farm, whole: ModuleType) -> None:
-    seen: list[dict[str, Any]] = []
-    client = farm.client()
-    with client.connection_for_read() as connection:
-        receiver = client.events.Receiver(connection, handlers={"task-sent": seen.append})
-        sent = []
-
-        def is_seen() -> bool:  # nobody says from when on it listens
-            sent.append(whole.add.delay(1, 1).id)
-            try:
-                receiver.capture(limit=1, timeout=1, wakeup=False)
-            except TimeoutError:
-                return False
-            return bool({event["uuid"] for event in seen} & set(sent))
-
-        wait_until(is_seen, LIMIT)
-    assert {(event["name"], event["queue"]) for event in seen} == {(f"{APP}.add", "celery")}
+    monitor = Monitor(farm.client())
+    sent = whole.add.delay(1, 1)
+    monitor.wait_for(sent, "task-sent")
+    event = monitor.event(sent, "task-sent")
+    assert (event["name"], event["queue"]) == (f"{APP}.add", "celery")
+    monitor.end()
 
 
 def test_a_task_that_calls_another_ends_when_its_function_does(farm: Farm, whole: ModuleType) -> None:

@@ -13,9 +13,14 @@ import aque
 from tests.worker.tasks import append
 
 app = Celery("whole", backend="redis://not.used/0")
+everybody = Broadcast("everybody")
 app.conf.update(
-    task_queues=[Queue("celery"), Queue("special"), Broadcast("everybody")],
-    task_routes={"tests.worker.whole.routed": "special", "tests.worker.whole.told": "everybody"},
+    task_queues=[Queue("celery"), Queue("special"), everybody],
+    task_routes={
+        "tests.worker.whole.routed": "special",
+        # Celery does not declare the exchange, and on Redis the message would go nowhere: github.com/celery/celery/issues/2638
+        "tests.worker.whole.told": {"queue": "everybody", "declare": [everybody.exchange]},
+    },
     task_send_sent_event=True,
 )
 aque.setup(app, tasks="all")
