@@ -61,7 +61,7 @@ def _registered(name: str, app: Celery) -> Task:
     if (found := app.tasks.get(name)) is not None:
         return found
     near = difflib.get_close_matches(name, app.tasks.keys(), 3)
-    hint = f" (it has {', '.join(near)})" if near else ""
+    hint = f" (it has {len(app.tasks)}; like it: {', '.join(near)})" if near else ""
     raise CannotImport(f"there is no task {name} in the worker's app{hint}: it must import the module that defines it")
 
 

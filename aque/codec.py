@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery.app.task import Context
-from celery.exceptions import ChordError
+from celery.exceptions import ChordError, TaskRevokedError
 from kombu.utils import json as _kombu_json
 
 from aque.errors import (
@@ -37,6 +37,14 @@ kombu_json: Any = _kombu_json
 ERROR_TEXT_LIMIT = 64 << 10
 
 _references: ContextVar[list[int] | None] = ContextVar("_references", default=None)
+
+
+class RevokedTask(TaskCancelled, TaskRevokedError):  # type: ignore[misc]
+    """TaskCancelled, also for programs that expect Celery's exception."""
+
+
+class TerminatedTask(TaskKilled, TaskRevokedError):  # type: ignore[misc]
+    """TaskKilled, also for programs that expect Celery's exception."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +248,11 @@ def exception(stored: StoredResult, may_import: bool = False) -> Exception:
     if stored.state is State.SKIPPED:
         return TaskSkipped(f"{what} was skipped: a dependency made it impossible.", *details)
     if stored.state is State.CANCELLED and stored.reason in _WITHDRAWN:
-        return TaskCancelled(f"{what} {_WITHDRAWN[stored.reason]} {fields['message']}".strip(), *details)
+        return RevokedTask(f"{what} {_WITHDRAWN[stored.reason]} {fields['message']}".strip(), *details)
     if stored.state is State.CANCELLED:
-        return TaskCancelled(f"{what} was cancelled before it ran.", *details)
+        return RevokedTask(f"{what} was cancelled before it ran.", *details)
     if stored.state is State.KILLED:
-        return TaskKilled(f"{what} was killed by signal {stored.signal}.", *details)
+        return TerminatedTask(f"{what} was killed by signal {stored.signal}.", *details)
     if stored.reason is Reason.WORKER_LOST:
         return TaskLost(f"{what} was given up: the workers that ran it died. {fields['message']}".strip(), *details)
     if stored.reason is Reason.CHILD:

@@ -206,10 +206,16 @@ class GroupHandle(GroupResult):
         if disable_sync_subtasks:
             assert_will_not_block()
         values: dict[str, Any] = {}
+        ends_of_chains = {result.id for result in self.results if result.parent is not None}
         for task_id, meta in self.backend.iter_native(self, timeout, on_message=on_message, on_interval=on_interval):
+            value = meta["result"]
+            if (
+                isinstance(value, TaskSkipped) and task_id in ends_of_chains
+            ):  # as `Handle.get`: that of the step that failed
+                value = self.backend.cause(task_id) or value
             if propagate and meta["status"] in PROPAGATE_STATES:
-                raise meta["result"]
-            values[task_id] = meta["result"]
+                raise value
+            values[task_id] = value
         if callback:
             for result in self.results:
                 callback(result.id, values[result.id])

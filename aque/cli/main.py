@@ -97,6 +97,7 @@ def load(verb: str) -> click.Command:
 def run(command: click.Command, program: str, arguments: Sequence[str]) -> int:
     """Run a command and return its exit status. Whatever happens is at most one sentence on stderr."""
     debug = bool(os.environ.get("AQUE_DEBUG"))
+    _open_what_is_closed()
     stdout = sys.stdout
     try:
         status = command.main(args=list(arguments), prog_name=program, standalone_mode=False)
@@ -143,6 +144,13 @@ def run(command: click.Command, program: str, arguments: Sequence[str]) -> int:
         what = "the store failed, what was submitted goes on" if from_store else "Aque failed, which is a bug"
         complain(f"{what}: {type(error).__name__}: {lines[0]}. Set AQUE_DEBUG=1 to see where.")
         return 69 if from_store else 1
+
+
+def _open_what_is_closed() -> None:
+    """Who starts a program without stdout or stderr (`>&-`) wants to read nothing of it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the end of the process
 
 
 def _leave_broken_pipe() -> int:

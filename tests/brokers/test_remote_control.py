@@ -7,6 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from celery.exceptions import TaskRevokedError
 
 import aque
 from aque.errors import TaskCancelled, TaskKilled
@@ -27,8 +28,9 @@ def test_revoke_by_nobody_in_particular_withdraws_what_waits_and_lets_run_what_r
     waiting = tasks.echo.apply_async((1,), depends_on=running)
     on.farm.wait_for_state(running, "running")
     on.client.control.revoke([running.id, waiting.id])
-    with pytest.raises(TaskCancelled):
+    with pytest.raises(TaskCancelled) as raised:
         waiting.get(timeout=LIMIT)
+    assert isinstance(raised.value, TaskRevokedError)
     assert on.farm.state(running) == "running"
     gate.touch()
     assert running.get(timeout=LIMIT) == 1
@@ -43,8 +45,9 @@ def test_revoke_with_terminate_kills_functions_and_commands_and_leaves_no_proces
     wait_until(up.exists, LIMIT, "the command is up")
     on.client.control.revoke([function.id, command.id], terminate=True, signal="SIGKILL")
     for task in (function, command):
-        with pytest.raises(TaskKilled):
+        with pytest.raises(TaskKilled) as raised:
             task.get(timeout=LIMIT)
+        assert isinstance(raised.value, TaskRevokedError)
     assert processes_with(mark) == []
 
 

@@ -462,6 +462,14 @@ def test_a_full_disk_under_stdout_is_one_sentence(aque):
     assert done.returncode == 1 and done.stderr == "aque: No space left on device.\n"
 
 
+@pytest.mark.parametrize("verb", ["status", "workers", "doctor"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stdout_or_stderr_is_nobodys_error(aque, verb, closed):
+    script = f"exec aque {verb} {closed}"
+    done = subprocess.run(["/bin/sh", "-c", script], env=aque.environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_working_directory_that_is_gone_is_one_sentence(aque, tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()

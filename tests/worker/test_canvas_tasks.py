@@ -207,6 +207,14 @@ def test_what_follows_a_failure_is_skipped_and_raises_it(farm: Farm) -> None:
         headless.get(timeout=LIMIT)
 
 
+def test_a_group_raises_the_exception_of_the_step_of_a_chain_in_it_that_failed(farm: Farm) -> None:
+    results = group(chain(same.s(1), same.s()), chain(fail.s("in a chain"), same.si(2)))()
+    with pytest.raises(ValueError, match="in a chain"):
+        results.get(timeout=LIMIT)
+    one, error = results.get(timeout=LIMIT, propagate=False)
+    assert (one, type(error)) == (1, ValueError)
+
+
 def test_error_callbacks_of_both_styles(farm: Farm) -> None:
     failing = fail.apply_async(("loud",), link_error=[old_errback.s(), new_errback.s()], link=note.si("/nowhere", ""))
     (old, new) = ("old_errback", "new_errback")
