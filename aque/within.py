@@ -17,6 +17,7 @@ from celery.exceptions import Ignore, Retry
 from celery.utils.serialization import raise_with_context
 
 from aque import codec, taskclient
+from aque.moments import read_seconds
 from aque.values import Replacement
 
 Item = TypeVar("Item")
@@ -59,7 +60,8 @@ def retry(
 ) -> Any:
     """Celery's `self.retry`, as an outcome of the attempt: the row waits for its time and runs again, under its id.
 
-    Other options than these have no effect: the row keeps its queue and priority.
+    Other options than these have no effect: the row keeps its queue and priority. Raises BadInput for a time that is further
+    than `moments.FARTHEST_SECONDS`.
     """
     request = task.request
     if not is_from_table(task):
@@ -83,7 +85,8 @@ def retry(
     if args is not None or kwargs is not None:
         new = task.signature_from_request(request, args, kwargs)
         arguments, _ = codec.encode_arguments(new.args, new.kwargs)
-    again = TryAgain(exc, eta or countdown, _seconds_until(eta) if eta else max(0.0, countdown or 0.0), arguments)
+    after_seconds = read_seconds("the time to a retry", _seconds_until(eta) if eta else max(0.0, countdown or 0.0))
+    again = TryAgain(exc, eta or countdown, after_seconds, arguments)
     if throw:
         raise again
     request.aque_asks.append(again)
