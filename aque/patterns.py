@@ -231,7 +231,7 @@ def command_of(pattern: Shell, parts: Mapping[str, Any]) -> list[str | bytes]:
         words = None if isinstance(found, (str, bytes)) else [os.fspath(word) for word in found]
     except TypeError:
         words = None
-    if not words:
+    if words is None or not (words or pattern.is_plain):
         raise _wrong(pattern, "argv", "a list of words, texts or paths,", found)
     return words
 
