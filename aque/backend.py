@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from datetime import UTC, datetime
 from typing import Any
 
 from celery.app.backends import BACKEND_ALIASES
@@ -16,6 +15,7 @@ from celery.result import AsyncResult
 from aque import codec
 from aque.errors import StoreError, UnknownTask
 from aque.farm import farm_of
+from aque.moments import utc
 from aque.states import ACTIVE_STATES, CELERY_STATE, COMPLETE_STATES, State
 from aque.store import Call, Store, StoredResult, Tree
 from aque.values import Pattern
@@ -103,7 +103,7 @@ class Backend(CeleryBackend):
             "name": stored.name,
             "retries": stored.failed - (stored.state is State.ERROR and stored.failed > 0),
             "parent_id": None if stored.parent_id is None else str(stored.parent_id),
-            "date_done": None if stored.finished_at is None else datetime.fromtimestamp(stored.finished_at, UTC),
+            "date_done": None if stored.finished_at is None else utc(stored.finished_at),
         }
 
     def task_result_exists(self, task_id: str) -> bool:

@@ -93,8 +93,8 @@ def pattern(name: str, app: Celery | None = None, **options: Any) -> Callable[..
     given = checked(options)
 
     def submit(*args: Any, **kwargs: Any) -> Handle:
-        parts = found.prepare(*args, **kwargs)
-        chosen = {**found.options(**parts), **given}
+        parts = patterns.parts_of(found, args, kwargs)
+        chosen = {**patterns.options_of(found, parts), **given}
         used = app or app_in_use()
         submitter, job = submitter_of(used), open_graph.get()
         task_id = submitter.next_id() if job is None else job.new_id()
@@ -130,10 +130,12 @@ def pattern_spec(
     arguments, inputs = codec.encode_arguments([], parts)
     env = None
     if isinstance(found, patterns.Shell):
-        own = {os.fsencode(key): os.fsencode(value) for key, value in found.environment(**parts).items()}
+        own = patterns.environment_of(found, parts)
         env = {**os.environb, **own} if own else None
         if found.is_plain and not inputs:
-            return submitter.command(task_id, found.argv(**parts), options_with(chosen, (), (), parts, place), env=env)
+            return submitter.command(
+                task_id, patterns.command_of(found, parts), options_with(chosen, (), (), parts, place), env=env
+            )
         if chosen.get("io", True) and not chosen.get("io_paths"):
             chosen["io_paths"] = submitter.paths_in(list(_texts(parts)))
     if not found.in_pool:

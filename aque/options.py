@@ -1,6 +1,5 @@
 """What can be asked for a task, as people write it, and how each of it is read and checked."""
 
-import math
 import os
 import re
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from aque import durations, hints
 from aque.errors import BadInput
+from aque.moments import FARTHEST_SECONDS, read_seconds
 from aque.resources import CpuRequest, format_amounts, parse_limits, parse_memory, parse_resources
 from aque.settings import Settings
 from aque.values import Children, Dependency, Pattern, Requirement
@@ -216,7 +216,7 @@ def read_priority(wanted: int, settings: Settings, user: str) -> int:
 
 def read_duration(value: float | str) -> tuple[float, float]:
     """Seconds, and how many times the average; one of them is 0."""
-    return (0.0, durations.multiple(value)) if isinstance(value, str) else (_seconds("duration", value), 0.0)
+    return (0.0, durations.multiple(value)) if isinstance(value, str) else (read_seconds("duration", value), 0.0)
 
 
 def read_not_before(countdown: float | None, eta: datetime | None) -> float | None:
@@ -230,10 +230,14 @@ def read_not_before(countdown: float | None, eta: datetime | None) -> float | No
 
 
 def read_moment(what: str, value: float | datetime | None) -> float | None:
-    """Seconds since 1970 of a time, or of so many seconds from now."""
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    return None if value is None else time.time() + _seconds(what, value)
+    """Seconds since 1970 of a time, or of so many seconds from now. Raises BadInput, also for one that is further than
+    FARTHEST_SECONDS."""
+    if not isinstance(value, datetime):
+        return None if value is None else time.time() + read_seconds(what, value)
+    moment = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    if moment - time.time() > FARTHEST_SECONDS:
+        raise BadInput(f"{what} must be at most 1e9 seconds (31 years) from now, not {value}. Nothing was submitted.")
+    return moment
 
 
 def read_children(policy: str) -> Children:
@@ -244,13 +248,7 @@ def read_children(policy: str) -> Children:
 
 
 def read_limit(what: str, value: float | None) -> float | None:
-    seconds = None if value is None else _seconds(what, value)
+    seconds = None if value is None else read_seconds(what, value)
     if seconds == 0:
         raise BadInput(f"{what} must be more than 0 seconds. Nothing was submitted.")
     return seconds
-
-
-def _seconds(what: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise BadInput(f"{what} must be a number of seconds, 0 or more, not {value!r:.60}.")
-    return float(value)

@@ -8,7 +8,6 @@ import logging
 import os
 import signal as signals
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from celery.utils.functional import maybe_list
@@ -17,6 +16,7 @@ from celery.worker.control import Panel
 from aque import control
 from aque.celery_request import HIDDEN, shown_arguments
 from aque.errors import AqueError, UnknownTask
+from aque.moments import utc
 from aque.pool import TaskPool
 from aque.resources import format_cpus
 from aque.store import Scheduled, scheduled, stamped
@@ -149,7 +149,7 @@ def _scheduled_info(aque: AqueWorker, task: Scheduled) -> dict[str, Any]:
         "worker_pid": None,
     }
     return {
-        "eta": datetime.fromtimestamp(task.not_before, UTC).isoformat(),
+        "eta": utc(task.not_before).isoformat(),
         "priority": task.priority,
         "request": request,
     }

@@ -12,6 +12,8 @@ submitted; `argv`, `run`, `progress` and `outcome` in a process of the task's ow
 patterns. What overrides none of the latter four needs no such process: its row is a plain command, or a plain call.
 """
 
+import json
+import math
 import os
 import re
 import selectors
@@ -31,6 +33,7 @@ from typing import Any, ClassVar
 
 from aque import current, taskclient
 from aque.errors import BadInput, CommandFailed
+from aque.moments import FARTHEST_SECONDS
 
 ENTRY_POINTS = "aque.patterns"
 #: Of each of a command's streams, as `Shell.outcome` and results have it.
@@ -49,14 +52,26 @@ _LINE_ENDS = re.compile(rb"[\r\n]+")
 class Retry(Exception):
     """Raised in `run` or `outcome`: the task is to be tried again, `countdown` seconds later.
 
-    `why` is a text, or the exception that ends the task when it has failed more than `max_retries` times.
+    `why` is a text, or the exception that ends the task when it has failed more than `max_retries` times. Less than 0 is 0.
+    Raises BadInput, which tells `why`, for a countdown of more than 1e9 seconds and for more than 1e9 retries.
     """
 
     def __init__(self, why: str | Exception, countdown: float = 0.0, max_retries: int = 3) -> None:
         super().__init__(why)
         self.error: Exception = why if isinstance(why, Exception) else self
-        self.countdown = max(0.0, float(countdown))
-        self.max_retries = int(max_retries)
+        self.countdown = self._number("countdown", countdown)
+        self.max_retries = int(self._number("max_retries", max_retries))
+
+    def _number(self, what: str, value: Any) -> float:
+        """From 0 to FARTHEST_SECONDS, as far as the sandbox takes them; a worker holds no larger one for an answer."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not number <= FARTHEST_SECONDS:
+            text = f"the {what} of a Retry must be a number of at most 1e9, not {value!r:.60}. It was raised for: {self.error}"
+            raise BadInput(text) from None if self.error is self else self.error
+        return max(0.0, number)
 
 
 class Pattern:
@@ -165,7 +180,7 @@ class Shell(Pattern):
 
     def run(self, **parts: Any) -> End:
         """Run it, in the task's directory and environment; all that it writes is passed on."""
-        words = [os.fspath(word) for word in self.argv(**parts)]
+        words = command_of(self, parts)
         listens = self._overrides(Shell, "progress")
         with _outlasting_signals():
             return _run(words, _Progress(self, parts) if listens else None)
@@ -187,6 +202,52 @@ class Shell(Pattern):
         return not self._overrides(Shell, *own)
 
 
+# -- what hooks return, checked ----------------------------------------------------------------------------------------------
+
+
+def parts_of(pattern: Pattern, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is stored for a caller's arguments. Raises BadInput, and whatever `prepare` raises."""
+    return _by_name(pattern, "prepare", pattern.prepare(*args, **kwargs))
+
+
+def options_of(pattern: Pattern, parts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of its task. Raises BadInput, and whatever the hook raises."""
+    return _by_name(pattern, "options", pattern.options(**parts))
+
+
+def environment_of(pattern: Shell, parts: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """The variables of its own. Raises BadInput, and whatever the hook raises."""
+    found = pattern.environment(**parts)
+    try:
+        return {os.fsencode(name): os.fsencode(value) for name, value in found.items()}
+    except (AttributeError, TypeError):
+        raise _wrong(pattern, "environment", "a mapping of texts to texts,", found) from None
+
+
+def command_of(pattern: Shell, parts: Mapping[str, Any]) -> list[str | bytes]:
+    """The words of its command. Raises BadInput, and whatever the hook raises."""
+    found = pattern.argv(**parts)
+    try:
+        words = None if isinstance(found, (str, bytes)) else [os.fspath(word) for word in found]
+    except TypeError:
+        words = None
+    if words is None or not (words or pattern.is_plain):
+        raise _wrong(pattern, "argv", "a list of words, texts or paths,", found)
+    return words
+
+
+def _by_name(pattern: Pattern, hook: str, found: Any) -> Mapping[str, Any]:
+    if isinstance(found, Mapping) and all(isinstance(name, str) for name in found):
+        return found
+    raise _wrong(pattern, hook, "a mapping whose keys are texts,", found)
+
+
+def _wrong(pattern: Pattern, hook: str, what: str, found: Any) -> BadInput:
+    return BadInput(
+        f"the pattern {type(pattern).__name__} is at fault: its {hook}() must return {what} not {found!r:.60}."
+    )
+
+
 #: The classes of Aque's own: their tasks are called after what they run, others' after the pattern.
 BUILT_IN = (Python, Shell)
 
@@ -206,17 +267,18 @@ class _Progress:
         self._is_broken = False
 
     def hear(self, fd: int, piece: bytes) -> None:
-        """It has written this. What its pattern raises is written to its stderr, once: a slip in the reading of lines is no
-        reason to lose hours of work."""
+        """It has written this. What its pattern raises is written to its stderr, once, and so is that it returns what cannot
+        be told: a slip in the reading of lines is no reason to lose hours of work."""
         *lines, rest = _LINE_ENDS.split(self._rest[fd] + piece)
         self._rest[fd] = rest[-LONGEST_LINE:]
         for line in filter(None, () if self._is_broken else lines):
+            slip = "raised this"
             try:
                 found = self._pattern.progress(line.decode(errors="backslashreplace"), **self._parts)
+                slip = "returned what cannot be told"
+                json.dumps(found, allow_nan=False)
             except Exception:
-                self._is_broken = True
-                traceback.print_exc()
-                print("aque: progress() raised this, and is not called any more; the command goes on.", file=sys.stderr)
+                self._give_up(slip)
                 return
             if found is not None:
                 self._untold = found
@@ -228,12 +290,20 @@ class _Progress:
         now = time.monotonic()
         if (early := self._told_at + PROGRESS_SECONDS - now) > 0:
             return early
-        self._pattern.tell(self._untold)
+        try:
+            self._pattern.tell(self._untold)
+        except Exception:
+            self._give_up("found what could not be told")
         self._untold, self._told_at = None, now
         return None
 
+    def _give_up(self, what: str) -> None:
+        self._is_broken = True
+        traceback.print_exc()
+        print(f"aque: progress() {what}, and is not called any more; the command goes on.", file=sys.stderr)
 
-def _run(words: Sequence[str], progress: _Progress | None) -> End:
+
+def _run(words: Sequence[str | bytes], progress: _Progress | None) -> End:
     """Until the command itself has ended, whoever else holds its pipes by then."""
     kept, written = bytearray(), 0
     last: deque[bytes] = deque()

@@ -17,6 +17,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import lru_cache
@@ -26,11 +27,17 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from uuid import UUID
 
-#: Reads the length of this file's text, the text, and runs it with the rest of stdin as the request.
-PROGRAM = (
-    "import sys; i = sys.stdin.buffer; "
-    "s = {'__name__': 'aque_sandbox'}; exec(compile(i.read(int(i.readline())), 'aque/sandbox.py', 'exec'), s); s['main'](i)"
-)
+#: Reads the length of this file's text, the text, and runs it with the rest of stdin as the request. The task's directory,
+#: where a json.py may be, comes last on the path until `main` puts the path back.
+PROGRAM = """\
+import os, sys
+found = list(sys.path)
+sys.path.sort(key=lambda entry: entry == '' or os.path.exists(entry) and os.path.samefile(entry, '.'))
+stdin = sys.stdin.buffer
+space = {'__name__': 'aque_sandbox'}
+exec(compile(stdin.read(int(stdin.readline())), 'aque/sandbox.py', 'exec'), space)
+space['main'](stdin, found)
+"""
 RESULT_FD = 3
 #: A traceback or message longer than this is cut: an error must always fit where a result would not.
 ERROR_TEXT_LIMIT = 64 << 10
@@ -116,17 +123,21 @@ def _is_retry(found: "Any") -> "bool":
     return (
         isinstance(found, list)
         and len(found) == 2
-        and all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in found)
+        and all(isinstance(number, (int, float)) and 0 <= number <= 1e9 for number in found)
     )
 
 
 # -- the interpreter's side -------------------------------------------------------------------------------------------
 
 
-def main(stdin: "Any") -> "None":
-    """Read a request, call the function, answer."""
+def main(stdin: "Any", path: "list[str]") -> "None":
+    """Read a request, call the function, answer. Functions are looked for on `path`, but Aque's own on the present one."""
     os.set_inheritable(RESULT_FD, False)
     wanted = json.loads(stdin.read().decode())
+    if wanted["function"].startswith("aque."):
+        with suppress(Exception):  # it comes up again where it is told
+            __import__(wanted["function"].partition(":")[0])
+    sys.path[:] = path
     began = monotonic()
     found = _call(wanted)
     found["seconds"] = monotonic() - began

@@ -45,7 +45,8 @@ def blocked(address: str | None) -> Iterator[None]:
 
 
 def tell(address: str | None, state: str, meta: Any) -> bool:
-    """Record what the task tells of itself: a state of its own naming, and anything as JSON. False: nobody listens."""
+    """Record what the task tells of itself: a state of its own naming, and anything that JSON has. False: nobody
+    listens. Raises TypeError or ValueError."""
     line = None if address is None else _connect(address)
     if line is None:
         return False
@@ -82,7 +83,7 @@ def _ask(line: socket.socket, question: dict[str, Any]) -> str | None:
     """The answer: empty if all is well. None: the line is broken, the worker has gone."""
     answer = b""
     with suppress(OSError):
-        line.sendall(json.dumps(question).encode() + b"\n")
+        line.sendall(json.dumps(question, allow_nan=False).encode() + b"\n")
         while not answer.endswith(b"\n"):
             piece = line.recv(4096)
             if not piece:

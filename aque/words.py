@@ -1,7 +1,8 @@
 """Times, lengths of time and numbers of tasks, in words."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+
+from aque.moments import utc
 
 #: Of many ids so many are written out.
 IDS_SHOWN = 5
@@ -9,12 +10,12 @@ IDS_SHOWN = 5
 
 def clock(when: float) -> str:
     """A moment of the last hours or the next, as 10:42:10 UTC."""
-    return f"{datetime.fromtimestamp(when, UTC):%H:%M:%S} UTC"
+    return f"{utc(when):%H:%M:%S} UTC"
 
 
 def moment(when: float, now: float) -> str:
     """The same; of another day than the next with its date, as 2026-11-24 10:42:10 UTC."""
-    return f"{datetime.fromtimestamp(when, UTC):%Y-%m-%d} {clock(when)}" if when > now + 86400 else clock(when)
+    return f"{utc(when):%Y-%m-%d} {clock(when)}" if when > now + 86400 else clock(when)
 
 
 def lasting(seconds: float) -> str:

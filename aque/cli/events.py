@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 
 import click
 
@@ -11,6 +11,7 @@ from aque.cli.farm import Farm, open_farm
 from aque.cli.show import as_json, columns, complain, count, escape
 from aque.errors import BadInput
 from aque.feed import GAP, KINDS, Event, Feed
+from aque.moments import utc
 
 NEWEST = 50
 _EVERYTHING = "task.*"
@@ -83,7 +84,7 @@ def _print(feed: Feed, wanted: frozenset[str], follow: bool, as_lines_of_json: b
 
 
 def _json(event: Event) -> str:
-    return as_json({**asdict(event), "at": datetime.fromtimestamp(event.at, UTC)})
+    return as_json({**asdict(event), "at": utc(event.at)})
 
 
 def _text(event: Event) -> str:

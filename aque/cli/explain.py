@@ -1,7 +1,6 @@
 """`aque explain`: say why tasks are not running."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ from aque.cli import ids
 from aque.cli.farm import open_farm
 from aque.cli.show import as_json, columns, escape
 from aque.explain import Explanation
+from aque.moments import utc
 
 #: Facts that are moments, in seconds since 1970.
 _MOMENTS = frozenset({"started_at", "finished_at", "expected_at", "not_before"})
@@ -71,7 +71,4 @@ def _values(explanation: Explanation) -> dict[str, Any]:
 
 
 def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: datetime.fromtimestamp(value, UTC) if name in _MOMENTS and value is not None else value
-        for name, value in facts.items()
-    }
+    return {name: utc(value) if name in _MOMENTS and value is not None else value for name, value in facts.items()}

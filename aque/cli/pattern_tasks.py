@@ -43,8 +43,8 @@ def pattern_spec(
     try:
         with redirect_stdout(sys.stderr):  # stdout is for the id
             found = patterns.load(name)
-            parts = found.prepare(*args, **kwargs)
-            options = {**found.options(**parts), **given}
+            parts = patterns.parts_of(found, args, kwargs)
+            options = {**patterns.options_of(found, parts), **given}
             return forms.pattern_spec(submitter, task_id, name, found, parts, options)
     except AqueError:
         raise

@@ -1,7 +1,6 @@
 """`aque workers`: list workers, drain them."""
 
 import time
-from datetime import UTC, datetime
 from fractions import Fraction
 
 import click
@@ -9,6 +8,7 @@ import click
 from aque import control
 from aque.cli.farm import open_farm
 from aque.cli.show import as_json, columns, count, escape, span
+from aque.moments import utc
 from aque.resources import format_cpus, format_memory, parse_resources
 from aque.store import WorkerRow
 
@@ -147,6 +147,6 @@ def _values(row: WorkerRow, number: int, cpus: Fraction) -> dict[str, object]:
         "switches_user": row.info.switches_user,
         "containment": row.info.containment,
         "avoids": row.avoids if row.is_live else (),
-        "started_at": datetime.fromtimestamp(row.started_at, UTC),
-        "seen_at": datetime.fromtimestamp(row.seen_at, UTC),
+        "started_at": utc(row.started_at),
+        "seen_at": utc(row.seen_at),
     }

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +9,7 @@ import sqlalchemy as sa
 
 from aque.chooser import weight
 from aque.errors import BadInput
+from aque.moments import utc
 from aque.resources import CpuRequest
 from aque.states import COMPLETE_STATES, State
 from aque.store import hot
@@ -58,7 +58,7 @@ class Questions(Base):
             found = dict(row._mapping)
             for name in ("submitted_at", "not_before", "expires_at", "started_at", "finished_at"):
                 if found.get(name) is not None:
-                    found[name] = datetime.fromtimestamp(found[name], UTC)
+                    found[name] = utc(found[name])
             for name in ("requires_paths", "places"):
                 if found.get(name) is not None:
                     found[name] = split(found[name])

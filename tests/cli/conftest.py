@@ -58,7 +58,8 @@ class Aque:
         self, *words: str | bytes, given: bytes = b"", env: Mapping[str, str] | None = None, program: str = "aque"
     ) -> Done:
         environment = {**self.environment, **(env or {})}
-        if program == "aque" and words and words[0] in starter.VERBS and "--local" not in words:
+        is_forked = program == "aque" and words and words[0] in starter.VERBS and "--local" not in words
+        if is_forked and "PYTHONPATH" not in environment:  # which counts for a program that starts
             done = STARTER.run(words, given=given, cwd=self.cwd, env=environment, timeout=LIMIT_SECONDS)
         else:
             done = subprocess.run(

@@ -13,6 +13,7 @@ from aque.store import Released, Store
 from aque.store import statements as sql
 from aque.store.tables import payload, task
 from aque.values import Condition, HostFailure, Outcome, TaskSpec
+from aque.words import moment
 from tests.store.farm import GROUP, SPEC, after, claim, finish, ids, outcome, ready, reap, run, states, submit, worker
 
 HOUR = 3600.0
@@ -73,6 +74,15 @@ def test_a_group_whose_members_have_ended_ends_with_its_time_and_is_never_ready(
 
 
 # -- expiry ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", [1e12, float("inf"), -1e12])
+def test_a_time_that_no_calendar_has_can_be_shown(store: Store, when: float) -> None:
+    submit(store, [replace(SPEC, id=1, not_before=when)])
+    with store.connect() as connection:
+        (row,) = store.tasks(connection)
+    assert row["not_before"].year in (1, 9999)
+    assert "UTC" in moment(row["not_before"].timestamp(), time.time()) and "UTC" in moment(when, time.time())
 
 
 def test_what_was_not_started_in_time_is_cancelled(store: Store) -> None:

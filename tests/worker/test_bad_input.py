@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[AqueError], str]] = {
     "priority": (lambda: aque.shell(["true"], priority=1 << 40), BadInput, "priority"),
     "priority as a text": (lambda: aque.shell(["true"], priority="high"), BadInput, "priority"),
     "duration": (lambda: aque.shell(["true"], duration=float("nan")), BadInput, "duration"),
+    "countdown out of range": (lambda: aque.shell(["true"], countdown=1e12), BadInput, "31 years"),
+    "eta out of range": (lambda: aque.shell(["true"], eta=datetime(9999, 1, 1)), BadInput, "31 years"),
+    "expires out of range": (lambda: aque.shell(["true"], expires=float("inf")), BadInput, "31 years"),
     "time limit": (lambda: aque.shell(["true"], time_limit=-1), BadInput, "time_limit"),
     "attempts": (lambda: aque.shell(["true"], max_attempts=0), BadInput, "max_attempts"),
     "queue": (lambda: aque.shell(["true"], queue="a\0"), BadInput, "queue"),

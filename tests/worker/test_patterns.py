@@ -173,6 +173,16 @@ def test_a_slip_in_the_reading_of_progress_does_not_stop_the_command(installed: 
     assert told.endswith("progress() raised this, and is not called any more; the command goes on.\n")
 
 
+def test_progress_that_cannot_be_told_does_not_stop_the_command(installed: Farm, tmp_path: Path) -> None:
+    program = renderer(tmp_path, "echo layers 1 2", "sleep 0.2", "echo layers 3", "sleep 0.2", "echo the end")
+    frames = aque.pattern("frames")(program, f"{tmp_path}/%d", first=1, last=1)
+    assert frames.get(timeout=LIMIT) == [f"{tmp_path}/1"]
+    assert installed.output(frames).endswith(b"the end\n")
+    told = installed.output(frames, 2).decode()
+    assert told.count("Traceback") == 1 and "set is not JSON serializable" in told
+    assert told.endswith("progress() returned what cannot be told, and is not called any more; the command goes on.\n")
+
+
 def test_a_kill_ends_the_command_of_a_pattern_too(installed: Farm, tmp_path: Path) -> None:
     program = renderer(tmp_path, "exec sleep 600")
     frames = aque.pattern("frames")(program, f"{tmp_path}/%d", first=1, last=1)
@@ -193,6 +203,24 @@ def test_a_process_that_a_command_leaves_behind_does_not_hold_the_task_of_a_patt
 ) -> None:
     frames = aque.pattern("frames")(renderer(tmp_path, "sleep 600 &"), f"{tmp_path}/%d", first=1, last=1)
     assert frames.get(timeout=LIMIT) == [f"{tmp_path}/1"]
+
+
+@pytest.mark.parametrize("name", ["json", "aque", "selectors"])
+def test_a_file_in_the_directory_of_a_task_does_not_stand_in_for_what_aque_itself_imports(
+    installed: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{name}.py").write_text("raise RuntimeError('this is another module')\n")
+    frames = aque.pattern("frames")(renderer(tmp_path), f"{tmp_path}/%d", first=1, last=1)
+    assert frames.get(timeout=LIMIT) == [f"{tmp_path}/1"]
+
+
+def test_a_function_is_found_in_the_directory_of_its_task_before_all_else(
+    installed: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wave.py").write_text("def value(): return 'mine'\n")  # not that of the standard library
+    assert aque.pattern("python", interpreter="worker")("wave:value").get(timeout=LIMIT) == "mine"
 
 
 def test_patterns_are_part_of_graphs_like_any_task(installed: Farm, tmp_path: Path) -> None:

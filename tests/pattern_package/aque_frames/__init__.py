@@ -43,6 +43,8 @@ class Frames(Shell):
     def progress(self, line: str, program: str, files: Sequence[str]) -> Any:
         if line.startswith("rendered "):
             return {"current": files.index(line.removeprefix("rendered ")) + 1, "total": len(files)}
+        if line.startswith("layers "):
+            return set(line.split()[1:])  # a slip: JSON has no sets
         return None
 
     def outcome(self, end: End, program: str, files: Sequence[str]) -> list[str]:
