@@ -18,14 +18,11 @@ from celery.exceptions import Ignore, Retry
 from celery.utils.serialization import raise_with_context
 
 from aque import codec, taskclient
-<<<<<<< HEAD
 from aque.errors import BadInput
 from aque.farm import farm_of, settings_of
 from aque.machine import user_name
-from aque.options import read_priority, read_text
-=======
 from aque.moments import read_seconds
->>>>>>> retry
+from aque.options import read_priority, read_text
 from aque.values import Replacement
 
 Item = TypeVar("Item")
@@ -78,12 +75,8 @@ def retry(
 ) -> Any:
     """Celery's `self.retry`, as an outcome of the attempt: the row waits for its time and runs again, under its id.
 
-<<<<<<< HEAD
-    Of other options there are `queue` and `priority`, which the row has from then on. Raises BadInput for any other.
-=======
-    Other options than these have no effect: the row keeps its queue and priority. Raises BadInput for a time that is further
-    than `moments.FARTHEST_SECONDS`.
->>>>>>> retry
+    Of other options there are `queue` and `priority`, which the row has from then on. Raises BadInput for any other, and for a
+    time that is further than `moments.FARTHEST_SECONDS`.
     """
     request = task.request
     if not is_from_table(task):
@@ -113,13 +106,8 @@ def retry(
     if args is not None or kwargs is not None:
         new = task.signature_from_request(request, args, kwargs)
         arguments, _ = codec.encode_arguments(new.args, new.kwargs)
-<<<<<<< HEAD
-    seconds = _seconds_until(eta) if eta else max(0.0, countdown or 0.0)
-    again = TryAgain(exc, eta or countdown, seconds, arguments, *_changed(task, **changed))
-=======
     after_seconds = read_seconds("the time to a retry", _seconds_until(eta) if eta else max(0.0, countdown or 0.0))
-    again = TryAgain(exc, eta or countdown, after_seconds, arguments)
->>>>>>> retry
+    again = TryAgain(exc, eta or countdown, after_seconds, arguments, *_changed(task, **changed))
     if throw:
         raise again
     request.aque_asks.append(again)
