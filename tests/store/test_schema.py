@@ -31,6 +31,26 @@ def test_the_migrations_make_the_tables_of_the_code(store: Store) -> None:
     assert differences == []
 
 
+def test_the_migrations_make_the_indexes_of_the_code_with_their_order(store: Store) -> None:
+    """SQLAlchemy's comparison does not see on SQLite whether an index descends."""
+    if store.dialect == "postgresql":
+        made = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = current_schema()"
+    else:
+        made = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
+    with store.begin() as connection:
+        migrated = dict(connection.exec_driver_sql(made).all())
+    names = {index.name for table in tables.metadata.tables.values() for index in table.indexes}
+    with store.connect() as connection:  # made again by the code, in a transaction that is rolled back
+        connection.exec_driver_sql("BEGIN")
+        for table in tables.metadata.tables.values():
+            for index in table.indexes:
+                connection.exec_driver_sql(f"DROP INDEX {index.name}")
+                connection.execute(sa.schema.CreateIndex(index))
+        expected = dict(connection.exec_driver_sql(made).all())
+        connection.exec_driver_sql("ROLLBACK")
+    assert {name: migrated[name] for name in names} == {name: expected[name] for name in names}
+
+
 def test_the_version_that_the_code_asks_for_is_the_newest_migration() -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(schema.__file__).parent / "migrations"))
