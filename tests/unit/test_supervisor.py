@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from aque import commands, processes, server
 from aque.commands import CommandRunner, Running
 from aque.supervised import Command, Ended
+from tests import servers
 
 LIMIT_SECONDS = 60.0
 ENV = {b"PATH": os.environb[b"PATH"]}
@@ -76,10 +76,7 @@ def run(runner: CommandRunner, tmp_path: Path) -> Callable[..., Watched]:
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"never came true: {what}"
-        time.sleep(0.005)
+    servers.wait_until(condition, LIMIT_SECONDS, what)
 
 
 def new_mark() -> bytes:
