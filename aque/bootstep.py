@@ -12,7 +12,6 @@ import atexit
 import logging
 import os
 import sys
-import time
 from functools import partial
 from typing import Any, NoReturn
 
@@ -22,12 +21,10 @@ from celery.concurrency import get_implementation
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.platforms import EX_OK, strargv
 from celery.signals import celeryd_init, worker_init, worker_process_init
-from celery.utils.threads import bound_open_broker_sockets
-from celery.worker import state as celery_state
 from celery.worker.consumer.tasks import Tasks
 
 import aque.panel  # noqa: F401  in place of Celery's revoke and terminate
-from aque import reload, restart, title
+from aque import broker_connection, reload, restart, title
 from aque.commands import CommandRunner
 from aque.contain import Strangers
 from aque.errors import AqueError, BadSetting
@@ -43,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 #: So long an embedded worker waits for the supervisors' server to end, which it does at once.
 SERVER_SECONDS = 5.0
-#: So long a stopping worker waits for a broker's answers, for all of one connection together.
-CLOSE_SECONDS = 5.0
 
 
 class WorkerStep(bootsteps.StartStopStep):
@@ -134,10 +129,10 @@ class ConsumerStep(bootsteps.StartStopStep):
             consumer.on_task_request = lambda request: aque.charge(request, self._handle)
             for name in ("add_task_queue", "cancel_task_queue"):
                 setattr(consumer, name, self._then_serve(getattr(consumer, name), consumer, aque))
-            _restore_prefetch_from_the_loop(consumer)
+            broker_connection.restore_prefetch_from_the_loop(consumer)
         consumer.call_soon_ack = aque.acks.soon
-        _look_up_from_waiting(consumer.connection)
-        _survive_closing(consumer.connection)
+        broker_connection.look_up_from_waiting(consumer.connection)
+        broker_connection.survive_closing(consumer.connection)
         aque.eventer.dispatcher = dispatcher = consumer.event_dispatcher
         if dispatcher:
             dispatcher.send = aque.eventer.send_of_worker
@@ -154,7 +149,7 @@ class ConsumerStep(bootsteps.StartStopStep):
             aque.eventer.is_leaving = True
         for connected in (consumer, consumer.event_dispatcher):
             if connection := getattr(connected, "connection", None):
-                _bound_closing(connection)
+                broker_connection.bound_closing(connection)
 
     def _serve(self, consumer: Any, aque: AqueWorker) -> None:
         if consumer.task_consumer is not None:
@@ -167,67 +162,6 @@ class ConsumerStep(bootsteps.StartStopStep):
             return result
 
         return call
-
-
-def _look_up_from_waiting(connection: Any) -> None:
-    """Celery's loop waits 2 s for messages before it looks whether it should stop, and once more when it has seen that: let
-    it look ten times as often, and wait no more then."""
-    drain_events = connection.drain_events
-
-    def drain(timeout: float | None = None) -> Any:
-        flags = celery_state.should_stop, celery_state.should_terminate  # when set, an exit status: it may be 0
-        stops = any(flag is not None and flag is not False for flag in flags)
-        return drain_events(timeout=None if timeout is None else min(timeout, 0.01 if stops else 0.2))
-
-    connection.drain_events = drain
-
-
-def _restore_prefetch_from_the_loop(consumer: Any) -> None:
-    """After a reconnection Celery raises the prefetch count again with each acknowledgement: a question to the broker, asked by
-    the thread that reads the pool's results, while the loop reads from the same connection. Who reads the other's answer leaves
-    it waiting for ever: the pool without results, the loop deaf to remote control and to signals. Let the loop ask."""
-    restore = consumer._restore_prefetch_count_after_connection_restart
-    consumer._restore_prefetch_count_after_connection_restart = partial(consumer.call_soon, restore)
-
-
-def _bound_closing(connection: Any) -> None:
-    """A broker that hangs answers nothing, and Celery's warm shutdown would wait for that without end."""
-    bound_open_broker_sockets(connection, CLOSE_SECONDS)
-    client = getattr(connection, "_connection", None)  # not the property, which would connect
-    if connection.transport.driver_type == "amqp" and client is not None:
-        client.drain_events = _Patience(client.drain_events, CLOSE_SECONDS)
-
-
-class _Patience:
-    """RabbitMQ's client asks a dozen questions when it closes its channels. They have `seconds` together: who has not answered
-    the first will not answer the others, and acknowledgements can be sent all the while."""
-
-    def __init__(self, drain_events: Any, seconds: float) -> None:
-        self._drain_events = drain_events
-        self._left = seconds
-
-    def __call__(self, timeout: float | None = None) -> Any:
-        if timeout is not None:
-            return self._drain_events(timeout=timeout)
-        began = time.monotonic()
-        try:
-            return self._drain_events(timeout=self._left)
-        finally:
-            self._left = max(0.0, self._left - (time.monotonic() - began))
-
-
-def _survive_closing(connection: Any) -> None:
-    """Celery closes a lost connection before it makes a new one, and kombu's Redis, which then wants to give back the messages
-    that are not acknowledged, fails with an AttributeError that would end the worker with all that runs."""
-    close = connection.close
-
-    def close_or_leave() -> None:
-        try:
-            close()
-        except Exception as error:
-            logger.warning("a connection to the broker could not be closed in order: %s", error)
-
-    connection.close = close_or_leave
 
 
 def _is_program(worker: Any) -> bool:

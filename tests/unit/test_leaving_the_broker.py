@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from aque import bootstep
+from aque import broker_connection
 from aque.publisher import EventQueue
 
 
@@ -15,7 +15,7 @@ class Hanging:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         self.waited: list[float | None] = []
-        monkeypatch.setattr(bootstep, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(broker_connection, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def drain_events(self, timeout: float | None = None) -> None:
         self.waited.append(timeout)
@@ -29,7 +29,7 @@ def test_a_broker_that_hangs_has_so_long_for_all_answers_together(
     monkeypatch: pytest.MonkeyPatch, timeout: float | None
 ) -> None:
     hanging = Hanging(monkeypatch)
-    ask = bootstep._Patience(hanging.drain_events, 5.0)
+    ask = broker_connection._Patience(hanging.drain_events, 5.0)
     for _ in range(3):
         with pytest.raises(TimeoutError):
             ask(timeout=timeout)
@@ -43,7 +43,7 @@ def test_after_a_reconnection_only_the_loop_asks_for_more_messages() -> None:
         _restore_prefetch_count_after_connection_restart=lambda *said: asked.append(said),
         call_soon=lambda call, *args: loop.append((call, args)),
     )
-    bootstep._restore_prefetch_from_the_loop(consumer)
+    broker_connection.restore_prefetch_from_the_loop(consumer)
     consumer._restore_prefetch_count_after_connection_restart("acknowledged")  # by whichever thread acknowledges
     assert asked == []
     call, args = loop.pop()
