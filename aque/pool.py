@@ -8,6 +8,7 @@ semaphore, and nobody could ever take a task again. A record lock is released by
 import fcntl
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -127,6 +128,11 @@ class _Timer(timer2.Timer):
         super().stop()
 
 
+#: A task of which no child has said that it has it, though it is not on its way to one any more, is lost after so many looks at
+#: least so many seconds apart, if a child has died.
+LOOKS = 4
+LOOK_SECONDS = 0.5
+
 _maintaining = threading.Lock()
 
 
@@ -138,10 +144,33 @@ class _Pool(Pool):
         super()._setup_queues()
         self._inqueue._rlock = ProcessLock()
         self._outqueue._wlock = ProcessLock()
+        self._has_died = False
+        self._looked_at = 0.0
+        self._untold: dict[int, int] = {}  #: by job, in how many looks it was with nobody
 
     def _maintain_pool(self) -> None:
         with _maintaining:  # the pool's own thread does it now and then
             super()._maintain_pool()
+            self._find_lost(time.monotonic())
+
+    def _join_exited_workers(self, shutdown: bool = False) -> Any:
+        gone = super()._join_exited_workers(shutdown)
+        self._has_died = self._has_died or bool(gone)
+        return gone
+
+    def _find_lost(self, now: float) -> None:
+        """A child that is killed between taking a task and saying so takes it along, and billiard waits for it for ever. It
+        is killed so by whoever means the task before, which it has just ended, or by chance."""
+        if not self._has_died or now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        is_on_its_way = not self._taskqueue.empty() or self._inqueue._reader.poll()
+        jobs = {} if is_on_its_way else {i: job for i, job in list(self._cache.items()) if not job.accepted()}
+        self._untold = {i: self._untold.get(i, 0) + 1 for i in jobs}
+        for i, looks in self._untold.items():
+            if looks == LOOKS:
+                self.mark_as_worker_lost(jobs[i], None)
+        self._has_died = is_on_its_way or bool(self._untold)
 
 
 class TaskPool(prefork.TaskPool):

@@ -1,11 +1,17 @@
 """The threads of the pool of processes: they do their work as Celery's and billiard's do, and end when they are told to."""
 
+import os
+import signal
 import threading
 from types import SimpleNamespace
+from typing import Any
 
+import billiard
+import pytest
 from billiard.common import restart_state
+from billiard.exceptions import WorkerLostError
 
-from aque.pool import _Supervisor, _Timer
+from aque.pool import _Child, _Pool, _Supervisor, _Timer
 from tests.servers import wait_until
 
 
@@ -58,3 +64,41 @@ def test_a_supervisor_that_is_told_to_end_looks_no_more() -> None:
     supervisor.terminate()
     supervisor.stop()
     assert pool.states == []
+
+
+class Forgetful(_Child):
+    """A child that dies of the first task of all as soon as it has taken it, before it says so."""
+
+    def _make_protected_receive(self, conn: Any) -> Any:
+        receive = super()._make_protected_receive(conn)
+
+        def receive_and_die() -> Any:
+            task = receive()
+            if task and not DIED.is_set():
+                DIED.set()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return task
+
+        return receive_and_die
+
+
+class ForgetfulPool(_Pool):
+    Worker = Forgetful
+
+
+DIED = billiard.Event()
+
+
+def test_a_task_that_a_child_has_taken_along_is_lost_and_others_are_not() -> None:
+    DIED.clear()
+    pool = ForgetfulPool(2, threads=True)
+    try:
+        lost, done = pool.apply_async(abs, (-1,)), pool.apply_async(abs, (-2,))
+        assert done.get(60) == 2
+        with pytest.raises(Exception, match="exited prematurely") as raised:
+            lost.get(60)
+        assert isinstance(raised.value.exc, WorkerLostError)
+        assert pool.apply_async(abs, (-3,)).get(60) == 3
+    finally:
+        pool.terminate()
+        pool.join()
